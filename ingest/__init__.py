@@ -1,0 +1,1 @@
+"""Model and corpus in, committed segments out."""

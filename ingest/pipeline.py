@@ -1,0 +1,412 @@
+"""Model and corpus in, committed segments out: the order of the steps."""
+
+import platform
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from actstore.ingest.capture import Capture
+from actstore.ingest.corpus import open_corpus
+from actstore.ingest.estimate import array_bytes, require_space, zone_bytes
+from actstore.ingest.model import LoadedModel
+from actstore.ingest.probe import array_specs, choose_dtypes
+from actstore.ingest.report import IngestReport
+from actstore.ingest.selfcheck import check_store
+from actstore.ingest.settings import IngestSettings, Progress, segment_rows_for
+from actstore.ingest.snapshot import snapshot_files
+from actstore.ingest.tokenization import resolve_bos, special_token_ids, tokenize
+from actstore.ingest.writer import SegmentWriter
+from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs
+from actstore.store.commits import CommitRecord, lock_segment, read_commits
+from actstore.store.snapshot import compact
+from actstore.store.errors import ErrorKind, InvalidInput, StoreConflict
+from actstore.store.manifest import (
+    MANIFEST,
+    FileEntry,
+    SetRecord,
+    StoreManifest,
+    read_manifest,
+    read_sets,
+)
+from actstore.store.plan import Plan, PlanConfig, load_plans
+from actstore.store.planning import PlanOutcome, build_plan
+from actstore.store.publishing import publish_file, publish_metadata
+from actstore.store.reader import StoreReader
+
+__all__ = ["Corpus", "PlannedIngest", "ingest", "plan_ingest"]
+
+_COMPACT_EVERY = 64
+_CPU_BATCH_TOKENS = 4096
+_ACCELERATOR_BATCH_TOKENS = 65536
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What to read, as the caller named it.
+
+    Attributes:
+        source: paths or globs, or an iterable of strings, dicts or token-id lists.
+        text_column: where the text is in tables and dicts.
+        columns: the caller's columns to keep; all by default.
+    """
+
+    source: Any
+    text_column: str = "text"
+    columns: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PlannedIngest:
+    """An ingest that is decided and has not begun.
+
+    Attributes:
+        manifest: what ``store.json`` says or will say (without files).
+        outcome: the plans, and what of the corpus was dropped.
+        set_record: the arrays.
+        is_new: whether the store has no ``store.json`` yet.
+        remaining: segment -> filled rows, of the segments not committed.
+    """
+
+    loaded: LoadedModel
+    settings: IngestSettings
+    blobs: LocalBlobs
+    manifest: StoreManifest
+    outcome: PlanOutcome
+    set_record: SetRecord
+    is_new: bool
+    remaining: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def bytes_remaining(self) -> int:
+        """Bytes of the shards and zone files still to be written."""
+        rows = list(self.remaining.values())
+        return sum(
+            array_bytes(spec, rows) + zone_bytes(spec, rows) for spec in self.set_record.arrays
+        )
+
+
+def plan_ingest(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    out: str | Path,
+    settings: IngestSettings,
+    progress: Progress | None = None,
+) -> PlannedIngest:
+    """Decide everything that an ingest needs; writes the plan and nothing else.
+
+    Raises:
+        StoreConflict: the path holds a store of another model, config or corpus.
+        InvalidInput: the corpus or a setting cannot be used.
+    """
+    blobs = LocalBlobs(out)
+    existing = read_manifest(blobs) if blobs.exists(MANIFEST) else None
+    if existing is None:
+        _require_free(blobs)
+    config = _plan_config(loaded, settings, existing)
+    manifest = _manifest(loaded, settings, config)
+    if existing is not None:
+        existing.require_same(manifest, out)
+        manifest = existing
+    plans = load_plans(blobs.root)
+    documents = tokenize(
+        open_corpus(corpus.source, text_column=corpus.text_column, columns=corpus.columns),
+        loaded.tokenizer,
+        vocabulary_size=config.vocabulary_size,
+    )
+    outcome = build_plan(
+        blobs, config, documents, plans, append=settings.append, progress=_planning(progress)
+    )
+    set_record = _set_record(loaded, settings, blobs, outcome.plans[0], config.segment_rows)
+    committed = read_commits(blobs, set_record.name)
+    remaining = {
+        number: plan.segment(number).n_rows
+        for plan in outcome.plans
+        for number in range(plan.first_segment, plan.first_segment + plan.n_segments)
+        if number not in committed
+    }
+    return PlannedIngest(
+        loaded, settings, blobs, manifest, outcome, set_record, existing is None, remaining
+    )
+
+
+def ingest(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    out: str | Path,
+    settings: IngestSettings,
+    progress: Progress | None = None,
+) -> IngestReport:
+    """Run the model over a corpus and store its activations.
+
+    What is committed is never touched again, so a run that was killed, stopped or out of
+    disk is finished by running it again, and running a finished one changes nothing.
+
+    Args:
+        loaded: the model.
+        corpus: what to read.
+        out: the store's directory.
+        settings: locations, context, dtype and the rest.
+        progress: told how far each phase is, in tokens.
+
+    Returns:
+        The counts. After Ctrl-C ``interrupted`` is set and the store is sound.
+
+    Raises:
+        StoreConflict: the path holds a store of another model, config or corpus.
+        IngestStopped: too little space, an overflow, or a failing disk.
+    """
+    started = time.monotonic()
+    planned = plan_ingest(loaded, corpus, out, settings, progress)
+    blobs = planned.blobs
+    blobs.sweep()
+    if planned.remaining:
+        try:
+            require_space(planned.bytes_remaining, blobs.root, settings.max_bytes)
+        except Exception:
+            _withdraw(planned)
+            raise
+        _publish_store(planned)
+    written: list[CommitRecord] = []
+    interrupted = False
+    forward_started = time.monotonic()
+    try:
+        _write_segments(planned, written, progress)
+    except KeyboardInterrupt:
+        interrupted = True
+    forward_seconds = time.monotonic() - forward_started
+    reader = StoreReader(blobs.root)
+    errors: Mapping[str, float] = {}
+    if not interrupted and reader.segments:
+        compact(reader)
+        errors = check_store(reader, loaded)
+    rows = sum(record.rows for record in written)
+    stored = sum(record.rows for record in reader.commits.get("base", {}).values())
+    return IngestReport(
+        path=str(out),
+        planned=sum(plan.counts.tokens for plan in planned.outcome.plans),
+        stored=stored,
+        dropped=dict(planned.outcome.dropped),
+        segments=reader.planned_segments,
+        committed=len(reader.segments),
+        written=len(written),
+        seconds=time.monotonic() - started,
+        tokens_per_second=rows / forward_seconds if rows else None,
+        bytes_written=sum(entry.size for record in written for entry in record.files),
+        peak_memory=peak_memory(),
+        errors=errors,
+        interrupted=interrupted,
+    )
+
+
+def peak_memory() -> int:
+    """The process' largest resident set so far, in bytes."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _write_segments(
+    planned: PlannedIngest, written: list[CommitRecord], progress: Progress | None
+) -> None:
+    blobs = planned.blobs
+    total = sum(planned.remaining.values())
+    done = 0
+
+    def committed(record: CommitRecord) -> None:
+        written.append(record)
+        if len(written) % _COMPACT_EVERY == 0:
+            compact(StoreReader(blobs.root))
+
+    if not planned.remaining:
+        return
+    locations = [spec.location for spec in planned.set_record.arrays]
+    with Capture(planned.loaded, locations) as capture:
+        writer = SegmentWriter(blobs, planned.set_record, committed)
+        try:
+            for number in _order(sorted(planned.remaining), planned.settings.worker):
+                with lock_segment(blobs.root, planned.set_record.name, number) as is_ours:
+                    if not is_ours or blobs.exists(f"commits/base/{number:06d}.json"):
+                        total -= planned.remaining[number]
+                        continue
+                    plan = _plan_of(planned.outcome.plans, number)
+                    segment = plan.segment(number)
+                    assembly = writer.reserve(segment)
+                    for batch in segment.batches:
+                        capture.stream(assembly.input_ids(batch), assembly.sink)
+                        done += int(segment.length[batch.members].sum())
+                        if progress is not None:
+                            progress("forward", done, total)
+                    writer.submit(plan.hash, assembly)
+                    del assembly
+        finally:
+            writer.close()
+
+
+def _order(segments: list[int], worker: tuple[int, int]) -> Iterator[int]:
+    """Worker i of n begins at its share and goes round, so that none waits for another."""
+    number, workers = worker
+    start = number * len(segments) // workers
+    yield from segments[start:]
+    yield from segments[:start]
+
+
+def _plan_of(plans: Iterable[Plan], segment: int) -> Plan:
+    for plan in plans:
+        if plan.first_segment <= segment < plan.first_segment + plan.n_segments:
+            return plan
+    raise AssertionError(f"segment {segment} belongs to no plan")
+
+
+def _require_free(blobs: LocalBlobs) -> None:
+    """A new store goes into an empty directory, or one where this very ingest began."""
+    for key in blobs.keys():
+        if key.split("/")[0] not in ("plan", "model", "locks") and TEMPORARY_MARK not in key:
+            raise InvalidInput(
+                f"{blobs.root} is not empty and not a store: it has {key}. Choose another --out.",
+                kind=ErrorKind.NOT_A_STORE,
+            )
+
+
+def _plan_config(
+    loaded: LoadedModel, settings: IngestSettings, existing: StoreManifest | None
+) -> PlanConfig:
+    """The plan's settings; what the caller left open follows the store, if there is one."""
+    stored: Mapping[str, Any] = existing.config if existing is not None else {}
+    longest = loaded.dimensions.n_positions
+    context = settings.context or int(stored.get("context", longest))
+    if context > longest:
+        raise InvalidInput(
+            f"context is {context}; {loaded.name} reads at most {longest} tokens.",
+            kind=ErrorKind.INVALID_ARGUMENT,
+        )
+    accelerated = loaded.device.type != "cpu"
+    value_bytes = 4 if settings.dtype_rules[0] == "float32" else 2
+    per_token = sum(
+        value_bytes
+        * (loaded.dimensions.n_layers if place.has_layers else 1)
+        * _size(loaded.dimensions.unit_shape(place))
+        for place in settings.chosen
+    )
+    rows = settings.segment_rows or stored.get("segment_rows")
+    policy = settings.bos if settings.bos != "auto" or not stored else str(stored["bos"])
+    bos, bos_token_id = resolve_bos(policy, loaded.tokenizer)
+    vocabulary_size = loaded.dimensions.vocabulary_size
+    batch = _ACCELERATOR_BATCH_TOKENS if accelerated else _CPU_BATCH_TOKENS
+    return PlanConfig(
+        vocabulary_size=vocabulary_size,
+        context=context,
+        stride=settings.stride or int(stored.get("stride", 0)),
+        bos=bos,
+        bos_token_id=bos_token_id,
+        special_token_ids=special_token_ids(loaded.tokenizer, vocabulary_size),
+        segment_rows=segment_rows_for(
+            replace(settings, segment_rows=rows), context, per_token, accelerated
+        ),
+        batch_tokens=settings.batch_tokens or int(stored.get("batch_tokens", batch)),
+        limit_tokens=settings.limit_tokens,
+        shuffle=settings.shuffle,
+    )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _manifest(
+    loaded: LoadedModel, settings: IngestSettings, config: PlanConfig
+) -> StoreManifest:
+    return StoreManifest(
+        model={
+            "name": loaded.name,
+            "revision": loaded.revision,
+            "architecture": loaded.architecture.name,
+            "dimensions": asdict(loaded.dimensions),
+            "fingerprint": loaded.fingerprint,
+            "run_dtype": str(loaded.dtype).removeprefix("torch."),
+        },
+        tokenizer={
+            "vocabulary_size": config.vocabulary_size,
+            "bos_token_id": config.bos_token_id,
+            "special_token_ids": list(config.special_token_ids),
+        },
+        config={
+            "context": config.context,
+            "stride": config.stride,
+            "bos": config.bos,
+            "segment_rows": config.segment_rows,
+            "batch_tokens": config.batch_tokens,
+            "dtype": settings.dtype,
+            "objective": None,
+        },
+        environment={
+            "device": str(loaded.device),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _set_record(
+    loaded: LoadedModel,
+    settings: IngestSettings,
+    blobs: LocalBlobs,
+    plan: Plan,
+    segment_rows: int,
+) -> SetRecord:
+    """The base set: the store's own, or one with dtypes probed on the first plan."""
+    sets = read_sets(blobs, segment_rows)
+    if "base" in sets:
+        stored = [spec.location.label for spec in sets["base"].arrays]
+        wanted = [location.label for location in settings.chosen]
+        if stored != wanted:
+            raise StoreConflict(
+                f"{blobs.root} stores {', '.join(stored)}; this run asks for {', '.join(wanted)}. "
+                "Repeat the store's own locations, or ingest into another path.",
+                kind=ErrorKind.CONFIG_CONFLICT,
+            )
+        return sets["base"]
+    arrays = array_specs(loaded, choose_dtypes(loaded, settings, plan), segment_rows)
+    return SetRecord("base", arrays, {spec.location.label: "raw" for spec in arrays})
+
+
+def _publish_store(planned: PlannedIngest) -> None:
+    """Model files, then ``store.json``, the set and the Zarr metadata."""
+    blobs, manifest = planned.blobs, planned.manifest
+    if planned.is_new:
+        files: list[FileEntry] = [
+            publish_file(blobs, key, parts)
+            for key, parts in snapshot_files(planned.loaded).items()
+        ]
+        manifest = replace(manifest, files=tuple(files))
+        if not blobs.publish(MANIFEST, [manifest.encode()]):
+            read_manifest(blobs).require_same(manifest, blobs.root)
+    blobs.publish(planned.set_record.path, [planned.set_record.encode()])
+    last = planned.outcome.plans[-1]
+    publish_metadata(blobs, planned.set_record, last.first_segment + last.n_segments)
+
+
+def _withdraw(planned: PlannedIngest) -> None:
+    """Take back the plan of an ingest that was refused, record first."""
+    created = planned.outcome.created
+    if created is not None:
+        for path in [created.record_path, *(entry.path for entry in created.files)]:
+            planned.blobs.delete(path)
+        folder = planned.blobs.path(created.record_path).parent
+        for directory in (folder, folder.parent, planned.blobs.root):
+            if directory.is_dir() and not any(directory.iterdir()):
+                directory.rmdir()
+
+
+def _planning(progress: Progress | None) -> Any:
+    if progress is None:
+        return None
+    return lambda documents, tokens: progress("plan", tokens, 0)

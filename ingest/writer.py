@@ -1,0 +1,206 @@
+"""From captured tensors to committed segments: assembly, checks and the writing thread."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import Queue
+from threading import Semaphore, Thread
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from actstore.store.blobs import LocalBlobs
+from actstore.store.commits import CommitRecord
+from actstore.store.errors import ErrorKind, IngestStopped
+from actstore.store.layout import ArraySpec, StoredDtype
+from actstore.store.manifest import SetRecord
+from actstore.store.plan import Batch, SegmentPlan
+from actstore.store.publishing import publish_segment
+from actstore.store.shards import SegmentBuffer
+from actstore.store.vocabulary import ActivationLocationType
+
+__all__ = ["SegmentAssembly", "SegmentWriter", "stored_array"]
+
+_TORCH = {
+    StoredDtype.FLOAT16: torch.float16,
+    StoredDtype.BFLOAT16: torch.bfloat16,
+    StoredDtype.FLOAT32: torch.float32,
+}
+
+
+def stored_array(tensor: torch.Tensor, dtype: StoredDtype) -> npt.NDArray[Any]:
+    """A tensor's values in the storage dtype, on the host.
+
+    The cast happens on the tensor's device, so that an accelerator sends half the bytes.
+    """
+    cast = tensor.detach().to(_TORCH[dtype])
+    if dtype is StoredDtype.BFLOAT16:
+        return cast.view(torch.uint16).cpu().numpy()
+    array: npt.NDArray[Any] = cast.cpu().numpy()
+    return array
+
+
+class SegmentAssembly:
+    """Fills the buffers of one segment, batch by batch.
+
+    Args:
+        specs: the arrays that are kept.
+        plan: the segment's rows.
+    """
+
+    def __init__(self, specs: Sequence[ArraySpec], plan: SegmentPlan) -> None:
+        self.plan = plan
+        self.buffers = {spec.key: SegmentBuffer(spec, plan.n_rows) for spec in specs}
+        self._specs = {spec.location: spec for spec in specs}
+        self._places: list[tuple[int, int]] = []
+
+    def input_ids(self, batch: Batch) -> torch.Tensor:
+        """The batch's token ids, right-padded: int64 ``(sequence, token)``.
+
+        Causality keeps the padding from any token before it, and padded rows are dropped.
+        """
+        ids = np.zeros((len(batch.members), batch.padded_length), np.int64)
+        self._places = []
+        for row, member in enumerate(batch.members):
+            tokens = self.plan.sequence_token_ids(int(member))
+            ids[row, : len(tokens)] = tokens
+            first = int(self.plan.first_token[member]) - self.plan.first_row
+            self._places.append((first, len(tokens)))
+        return torch.from_numpy(ids)
+
+    def sink(
+        self, location: ActivationLocationType, layer: int | None, tensor: torch.Tensor
+    ) -> None:
+        """Store one location and layer of the batch whose ids were asked for last.
+
+        Args:
+            location: where the tensor was captured.
+            layer: its layer; None outside the blocks.
+            tensor: ``(sequence, token, *unit_shape)``.
+
+        Raises:
+            IngestStopped: a value is NaN, infinite or too large for the array's dtype.
+        """
+        spec = self._specs[location]
+        values = stored_array(tensor, spec.dtype)
+        buffer = self.buffers[spec.key]
+        checked = values.view(np.uint16) if spec.dtype is StoredDtype.BFLOAT16 else values
+        clean = _all_finite(checked, spec.dtype)
+        for row, (first, length) in enumerate(self._places):
+            if not clean and not _all_finite(checked[row, :length], spec.dtype):
+                self._overflow(spec, layer, tensor[row, :length], checked[row, :length], first)
+            buffer.put(layer or 0, first, values[row, :length])
+
+    def _overflow(
+        self,
+        spec: ArraySpec,
+        layer: int | None,
+        raw: torch.Tensor,
+        stored: npt.NDArray[Any],
+        first: int,
+    ) -> None:
+        bad = ~np.isfinite(spec.dtype.to_float32(stored)).reshape(len(stored), -1)
+        row, column = (int(index) for index in np.argwhere(bad)[0])
+        value = float(raw.reshape(len(stored), -1)[row, column])
+        place = f"layer {layer}, " if layer is not None else ""
+        raise IngestStopped(
+            f"{spec.location} has the value {value:g} at {place}token "
+            f"{self.plan.first_row + first + row}, column {column}, which {spec.dtype} cannot hold. "
+            f"Segment {self.plan.number} was not committed. Ingest into another path with "
+            f"`--dtype auto,{spec.location}=float32`"
+            + ("." if np.isfinite(value) else ", if the model is meant to produce such values."),
+            kind=ErrorKind.NUMERIC_OVERFLOW,
+        )
+
+
+def _all_finite(stored: npt.NDArray[Any], dtype: StoredDtype) -> bool:
+    """Whether no stored value is NaN or infinite, from the exponent bits alone."""
+    exponent = {
+        StoredDtype.FLOAT16: 0x7C00,
+        StoredDtype.BFLOAT16: 0x7F80,
+        StoredDtype.FLOAT32: 0x7F800000,
+    }[dtype]
+    bits = np.ascontiguousarray(stored).view(dtype.bits)
+    return not bool(((bits & dtype.bits.type(exponent)) == exponent).any())
+
+
+@dataclass(frozen=True)
+class _Job:
+    plan_hash: str
+    assembly: SegmentAssembly
+
+
+class SegmentWriter:
+    """Publishes segments in a thread, while the next one is captured.
+
+    At most two segments are in memory: the one that is filled and the one that is
+    written. An error of the thread stops the run at its next step.
+
+    Args:
+        blobs: the store.
+        set_record: the set whose segments are written.
+        on_commit: called in the thread after each commit.
+    """
+
+    def __init__(
+        self,
+        blobs: LocalBlobs,
+        set_record: SetRecord,
+        on_commit: Callable[[CommitRecord], None],
+    ) -> None:
+        self._blobs = blobs
+        self._set = set_record
+        self._on_commit = on_commit
+        self._jobs: Queue[_Job | None] = Queue()
+        self._room = Semaphore(2)
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._work, name="actstore-writer", daemon=True)
+        self._thread.start()
+
+    def reserve(self, plan: SegmentPlan) -> SegmentAssembly:
+        """Buffers for the next segment; waits until one of two places is free.
+
+        Raises:
+            WriteFailed: the thread could not write an earlier segment.
+        """
+        self._room.acquire()
+        self._raise()
+        return SegmentAssembly(self._set.arrays, plan)
+
+    def submit(self, plan_hash: str, assembly: SegmentAssembly) -> None:
+        """Hand over a filled segment."""
+        self._raise()
+        self._jobs.put(_Job(plan_hash, assembly))
+
+    def close(self) -> None:
+        """Wait until everything handed over is committed.
+
+        Raises:
+            WriteFailed: the thread could not write.
+        """
+        self._jobs.put(None)
+        self._thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if self._error is None:
+                try:
+                    record = publish_segment(
+                        self._blobs,
+                        self._set,
+                        job.plan_hash,
+                        job.assembly.plan,
+                        job.assembly.buffers,
+                    )
+                    self._on_commit(record)
+                except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                    self._error = error
+            del job
+            self._room.release()

@@ -1,0 +1,1 @@
+"""Committed segments in, exact answers out."""

@@ -1,0 +1,273 @@
+"""Rows: which sequence, position, token and document stand at a global row.
+
+The plans say it, so nothing is read from the catalog. Rows that no committed segment
+holds are refused here, with what is missing, before a reader meets them.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
+from actstore.store.model.pieces import vocabulary_pieces
+from actstore.store.plan import SegmentPlan
+from actstore.store.reader import StoreReader
+
+__all__ = ["RowMap", "Rows", "SequenceRows"]
+
+
+@dataclass(frozen=True)
+class SequenceRows:
+    """Where one sequence lies.
+
+    Attributes:
+        sequence, document, segment: global numbers.
+        first_token: global row of its first token.
+        length: tokens.
+    """
+
+    sequence: int
+    document: int
+    segment: int
+    first_token: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Committed rows in the order they were asked for; arrays are int64 ``(row,)``.
+
+    Attributes:
+        token: global rows.
+        sequence: the sequence of each.
+        position: the position in that sequence.
+    """
+
+    token: npt.NDArray[np.int64]
+    sequence: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def by_sequence(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Each sequence once, ascending, with the places of its rows among these."""
+        order = np.argsort(self.sequence, kind="stable")
+        numbers, starts = np.unique(self.sequence[order], return_index=True)
+        for number, places in zip(
+            numbers.tolist(), np.split(order, starts[1:]), strict=False
+        ):
+            yield number, places
+
+
+class RowMap:
+    """The rows of an open store.
+
+    Args:
+        reader: the store.
+    """
+
+    def __init__(self, reader: StoreReader) -> None:
+        self._reader = reader
+        self._committed = set(reader.segments)
+
+    @cached_property
+    def n_sequences(self) -> int:
+        """Sequences of all plans."""
+        return sum(plan.counts.sequences for plan in self._reader.plans)
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return self._column("first_token")
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        return self._column("length")
+
+    @cached_property
+    def _documents(self) -> npt.NDArray[np.int64]:
+        return self._column("document")
+
+    def _column(self, name: str) -> npt.NDArray[np.int64]:
+        parts = [plan.sequences()[name].astype(np.int64) for plan in self._reader.plans]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def sequence(self, number: int) -> SequenceRows:
+        """Where a committed sequence lies.
+
+        Raises:
+            InvalidInput: no plan has such a sequence.
+            Unavailable: its segment is not committed.
+        """
+        self._check(np.array([number]), self.n_sequences, "sequence")
+        first = int(self._starts[number])
+        segment = first // self._reader.segment_rows
+        if segment not in self._committed:
+            raise self._uncommitted(f"Sequence {number}", segment)
+        return SequenceRows(
+            sequence=int(number),
+            document=int(self._documents[number]),
+            segment=segment,
+            first_token=first,
+            length=int(self._lengths[number]),
+        )
+
+    def of_sequences(self, numbers: int | Iterable[int]) -> Rows:
+        """All rows of sequences, sequence after sequence as given.
+
+        Raises:
+            InvalidInput: no plan has such a sequence.
+            Unavailable: a sequence is not committed.
+        """
+        wanted = _numbers(numbers, "sequence")
+        self._check(wanted, self.n_sequences, "sequence")
+        first, length = self._starts[wanted], self._lengths[wanted]
+        for number, segment in zip(
+            wanted.tolist(), (first // self._reader.segment_rows).tolist(), strict=True
+        ):
+            if segment not in self._committed:
+                raise self._uncommitted(f"Sequence {number}", segment)
+        position = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+        return Rows(np.repeat(first, length) + position, np.repeat(wanted, length), position)
+
+    def of_tokens(self, tokens: int | Iterable[int]) -> Rows:
+        """Rows by their global numbers, in the order given, repeats allowed.
+
+        Raises:
+            InvalidInput: no sequence of any plan fills such a row.
+            Unavailable: a row's segment is not committed.
+        """
+        wanted = _numbers(tokens, "token")
+        size = self._reader.segment_rows
+        self._check(wanted, self._reader.planned_segments * size, "token")
+        index = np.searchsorted(self._starts, wanted, side="right") - 1
+        position = wanted - self._starts[index]
+        unfilled = wanted[position >= self._lengths[index]]
+        if len(unfilled):
+            raise InvalidInput(
+                f"Row {int(unfilled[0])} holds no token: the sequences of its segment end before "
+                "it. Take rows from the `token` column of the tokens table.",
+                kind=ErrorKind.UNKNOWN_ROW,
+            )
+        for segment in np.unique(wanted // size).tolist():
+            if segment not in self._committed:
+                row = int(wanted[wanted // size == segment][0])
+                raise self._uncommitted(f"Row {row}", segment)
+        return Rows(wanted, index.astype(np.int64), position)
+
+    def all(self) -> Rows:
+        """Every committed row, ascending."""
+        segments = self._starts // self._reader.segment_rows
+        return self.of_sequences(np.flatnonzero(np.isin(segments, self._reader.segments)))
+
+    def groups(self, kind: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """First rows, ascending, and the labels of the groups that begin there.
+
+        Args:
+            kind: ``sequence`` or ``document``; a document may begin several times.
+        """
+        if kind == "sequence":
+            return self._starts, np.arange(self.n_sequences)
+        return self._starts, self._documents
+
+    def special(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Whether each row is special: position 0 or a special token."""
+        return self._gather(rows, "special", np.dtype(bool))
+
+    def token_ids(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """The vocabulary's number of each row's token."""
+        return self._gather(rows, "token_ids", np.dtype(np.int64))
+
+    def _gather(self, rows: Rows, name: str, dtype: np.dtype[np.generic]) -> npt.NDArray[np.int64]:
+        result = np.empty(len(rows), dtype)
+        size = self._reader.segment_rows
+        segments = rows.token // size
+        for segment in np.unique(segments).tolist():
+            chosen = segments == segment
+            plan: SegmentPlan = self._reader.segment(segment)
+            result[chosen] = getattr(plan, name)[rows.token[chosen] - segment * size]
+        return result  # type: ignore[return-value]
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        return {piece.token_id: piece.text for piece in vocabulary_pieces(self._reader.root)}
+
+    def texts(self, token_ids: Iterable[int]) -> list[str | None]:
+        """The decoded piece of each token id; None for one that the tokenizer does not have."""
+        return [self._texts.get(int(token_id)) for token_id in token_ids]
+
+    @cached_property
+    def documents(self) -> pa.Table:
+        """Documents of all plans with the caller's columns; row ``n`` is document ``n``."""
+        tables = [plan.documents() for plan in self._reader.plans]
+        return pa.concat_tables(tables, promote_options="permissive")
+
+    def table(self, rows: Rows, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of the tokens table, joined with columns of their documents.
+
+        Args:
+            rows: which, in which order.
+            columns: columns of ``documents`` to join; None for none.
+
+        Returns:
+            ``token, sequence, position, token_id, text, special, document`` and ``columns``.
+
+        Raises:
+            InvalidInput: the documents have no such column.
+        """
+        token_ids = self.token_ids(rows)
+        document = self._documents[rows.sequence]
+        found = {
+            "token": pa.array(rows.token, pa.int64()),
+            "sequence": pa.array(rows.sequence, pa.int64()),
+            "position": pa.array(rows.position, pa.int32()),
+            "token_id": pa.array(token_ids, pa.int32()),
+            "text": pa.array(self.texts(token_ids.tolist()), pa.string()),
+            "special": pa.array(self.special(rows), pa.bool_()),
+            "document": pa.array(document, pa.int64()),
+        }
+        for name in columns or ():
+            if name in found:
+                continue
+            if name not in self.documents.column_names:
+                raise InvalidInput(
+                    f"Documents have no column {name!r}; they have "
+                    f"{', '.join(self.documents.column_names)}.",
+                    kind=ErrorKind.INVALID_ARGUMENT,
+                )
+            found[name] = self.documents.column(name).take(pa.array(document)).combine_chunks()
+        return pa.table(found)
+
+    def _check(self, wanted: npt.NDArray[np.int64], size: int, noun: str) -> None:
+        outside = wanted[(wanted < 0) | (wanted >= size)]
+        if len(outside):
+            valid = f"0 to {size - 1}" if size else "none"
+            raise InvalidInput(
+                f"There is no {noun} {int(outside[0])}; this store has {valid}.",
+                kind=ErrorKind.UNKNOWN_ROW,
+            )
+
+    def _uncommitted(self, what: str, segment: int) -> Unavailable:
+        return Unavailable(
+            f"{what} is planned but not ingested yet: segment {segment} is not committed "
+            f"({len(self._committed)} of {self._reader.planned_segments} are). Run the same "
+            "`actstore ingest` again to finish it.",
+            kind=ErrorKind.NOT_STORED,
+        )
+
+
+def _numbers(values: int | Iterable[int], noun: str) -> npt.NDArray[np.int64]:
+    given = [values] if isinstance(values, int | np.integer) else values
+    array = np.asarray(given if isinstance(given, np.ndarray | Sequence) else list(given))
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InvalidInput(
+            f"{noun}s are {values!r}; give whole numbers, as a list or a one-dimensional array.",
+            kind=ErrorKind.INVALID_ARGUMENT,
+        )
+    return array.astype(np.int64)

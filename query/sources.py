@@ -1,0 +1,405 @@
+"""Where a location's values come from: stored, reconstructed, or nowhere.
+
+A stored array is always read. What was not stored follows from what is, by the cheapest
+chain of recipes of the model's architecture; the chain is fixed by the store, not by the
+question. What no chain reaches needs the model itself.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.query.derived.coefficients import unit_coefficients
+from actstore.query.derived.declaration import DerivedScalar
+from actstore.query.derived.registry import SCALARS
+from actstore.query.reconstruction import RECIPES, Recipe, Setting, WeightName
+from actstore.query.rows import SequenceRows
+from actstore.store.errors import ErrorKind, Unavailable
+from actstore.store.model.readout import READOUT_KEY
+from actstore.store.model.weights import ModelWeights, open_model
+from actstore.store.reader import StoredArray, StoreReader
+from actstore.store.sections import open_sections
+from actstore.store.vocabulary import (
+    ActivationLocationType,
+    Dimension,
+    PassType,
+    WeightLocationType,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["SequenceValues", "Sources", "read_rows"]
+
+Place = tuple[ActivationLocationType, int | None]
+"""A location and its layer."""
+
+_WEIGHT_BYTES = 2**30
+_LONG_RUN = 32
+
+
+class Sources:
+    """What an open store can answer with.
+
+    Args:
+        reader: the store.
+    """
+
+    def __init__(self, reader: StoreReader) -> None:
+        self.reader = reader
+        self._weights: OrderedDict[tuple[WeightName, int | None], Tensor] = OrderedDict()
+        self._coefficients: dict[tuple[str, int | None], npt.NDArray[np.float64]] = {}
+        self._latest: SequenceValues | None = None
+
+    @cached_property
+    def model(self) -> ModelWeights:
+        """The model that the store keeps."""
+        return open_model(self.reader.root)
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the model."""
+        return self.model.dimensions.n_layers
+
+    def unit_shape(self, axes: Sequence[Dimension], attended: int | None = None) -> tuple[int, ...]:
+        """Lengths of unit axes; an attended axis has the store's context, or ``attended``."""
+        context = int(self.reader.manifest.config["context"]) if attended is None else attended
+        dimensions = self.model.dimensions
+        return tuple(
+            context if axis is Dimension.ATTENDED else dimensions.size(axis) for axis in axes
+        )
+
+    def coefficients(
+        self, declared: DerivedScalar, layer: int | None
+    ) -> npt.NDArray[np.float64]:
+        """The factor per unit of a scalar that rescales a raw value, float64 ``(unit,)``."""
+        key = (declared.name, layer)
+        if key not in self._coefficients:
+            columns = int(np.prod(self.unit_shape(declared.axes)))
+            factors = unit_coefficients(
+                declared, layer, self.model.dimensions, self._readout, columns
+            )
+            factors.setflags(write=False)
+            self._coefficients[key] = factors
+        return self._coefficients[key]
+
+    @cached_property
+    def _readout(self) -> dict[str, npt.NDArray[Any]]:
+        sections = open_sections(self.reader.root, READOUT_KEY)
+        try:
+            return {name: sections.read(name) for name in sections.names}
+        finally:
+            sections.close()
+
+    def weight(self, name: WeightName, layer: int | None) -> "Tensor":
+        """A weight in float64, kept for the next sequence.
+
+        Args:
+            name: the weight, or the location whose bias is meant.
+            layer: the layer; ignored for a weight outside the blocks.
+        """
+        import torch
+
+        at = layer if isinstance(name, ActivationLocationType) or name.has_layers else None
+        if (name, at) in self._weights:
+            self._weights.move_to_end((name, at))
+            return self._weights[name, at]
+        if isinstance(name, WeightLocationType):
+            array = self.model.weight(name, at)
+        else:
+            assert at is not None, "biases belong to layers"
+            array = self.model.attention_bias(name, at)
+        tensor = self._weights[name, at] = torch.from_numpy(array)
+        while sum(held.nbytes for held in self._weights.values()) > _WEIGHT_BYTES:
+            self._weights.popitem(last=False)
+        return tensor
+
+    def _has_weight(self, name: WeightName) -> bool:
+        architecture = self.model.architecture
+        if isinstance(name, WeightLocationType):
+            return name in architecture.weights
+        return name in architecture.attention_biases
+
+    @cached_property
+    def routes(self) -> dict[Place, Recipe | None]:
+        """How every place that can be had is had: None for stored, else its recipe."""
+        usable = [
+            recipe
+            for recipe in RECIPES.get(self.model.architecture.name, ())
+            if all(self._has_weight(name) for name in recipe.weights)
+        ]
+        best: dict[Place, tuple[int, Recipe | None]] = {
+            (location, layer): (0, None)
+            for location, pass_type in self.reader.arrays
+            if pass_type is PassType.FORWARD
+            for layer in self._layers(location)
+        }
+        changed = True
+        while changed:
+            changed = False
+            for recipe in usable:
+                for layer in self._layers(recipe.target):
+                    places = self._inputs(recipe, layer)
+                    if any(place not in best for place in places):
+                        continue
+                    # Depth, not the sum: chains share their steps.
+                    cost = recipe.cost + max((best[place][0] for place in places), default=0)
+                    known = best.get((recipe.target, layer))
+                    if known is None or cost < known[0]:
+                        best[recipe.target, layer] = (cost, recipe)
+                        changed = True
+        return {place: recipe for place, (_, recipe) in best.items()}
+
+    def _layers(self, location: ActivationLocationType) -> Sequence[int | None]:
+        return range(self.n_layers) if location.has_layers else (None,)
+
+    def _inputs(self, recipe: Recipe, layer: int | None) -> list[Place]:
+        places = [source.place(layer, self.n_layers) for source in recipe.inputs]
+        return [(of, at) for of, at in places if isinstance(of, ActivationLocationType)]
+
+    def kind(self, location: ActivationLocationType, pass_type: PassType) -> str:
+        """``stored``, ``reconstructed`` or ``needs a model``, over all layers."""
+        if (location, pass_type) in self.reader.arrays:
+            return "stored"
+        reachable = pass_type is PassType.FORWARD and all(
+            (location, layer) in self.routes for layer in self._layers(location)
+        )
+        return "reconstructed" if reachable else "needs a model"
+
+    def roots(self, location: ActivationLocationType, layer: int | None) -> tuple[str, ...]:
+        """The stored arrays that a place is made from; ``token_id`` where the tokens are."""
+        found: dict[str, None] = {}
+        waiting: list[Place] = [(location, layer)]
+        seen: set[Place] = set()
+        while waiting:
+            place = waiting.pop()
+            if place in seen:
+                continue
+            seen.add(place)
+            recipe = self.routes[place]
+            if recipe is None:
+                found[place[0].label] = None
+                continue
+            inputs = self._inputs(recipe, place[1])
+            if not inputs:
+                found["token_id"] = None
+            waiting += inputs
+        order = [location.label for location in ActivationLocationType]
+        return tuple(sorted(found, key=lambda name: order.index(name) if name in order else -1))
+
+    def describe(
+        self, location: ActivationLocationType, pass_type: PassType = PassType.FORWARD
+    ) -> str:
+        """Where a location's values come from, for people."""
+        if (location, pass_type) in self.reader.arrays:
+            return f"stored {self.reader.arrays[location, pass_type].spec.dtype.value}"
+        if self.kind(location, pass_type) == "needs a model":
+            return "needs a model"
+        layers = self._layers(location)
+        names = dict.fromkeys(name for layer in layers for name in self.roots(location, layer))
+        return f"reconstructed from {', '.join(names)}"
+
+    def describe_scalar(self, declared: DerivedScalar) -> str:
+        """Where a derived scalar's values come from, for people."""
+        inputs = dict.fromkeys(self._scalar_inputs(declared))
+        notes = [f"{of}: {self.describe(of, pass_type)}" for of, pass_type in inputs]
+        if declared.raw_source is not None:
+            return self.describe(declared.raw_source.location, declared.raw_source.pass_type)
+        return f"derived from {'; '.join(notes)}"
+
+    def _scalar_inputs(
+        self, declared: DerivedScalar
+    ) -> Iterator[tuple[ActivationLocationType, PassType]]:
+        for source in declared.sources:
+            if isinstance(source.of, ActivationLocationType):
+                yield source.of, source.pass_type
+            else:
+                yield from self._scalar_inputs(SCALARS[source.of])
+
+    def require(
+        self, location: ActivationLocationType, pass_type: PassType, layer: int | None
+    ) -> Recipe | None:
+        """The place's recipe, or None where it is stored.
+
+        Raises:
+            Unavailable: neither; the message says what would be needed.
+        """
+        if (location, pass_type) in self.reader.arrays:
+            return None
+        if pass_type is PassType.FORWARD and (location, layer) in self.routes:
+            return self.routes[location, layer]
+        stored = ", ".join(sorted(array.spec.key for array in self.reader.arrays.values()))
+        recipes = [
+            recipe
+            for recipe in RECIPES.get(self.model.architecture.name, ())
+            if recipe.target is location and pass_type is PassType.FORWARD
+        ]
+        ways = " or ".join(self._needs(recipe) for recipe in recipes)
+        raise Unavailable(
+            f"{location}/{pass_type} is not stored here and cannot be reconstructed"
+            f"{f': it would need {ways}' if ways else ''}. Stored: {stored}. "
+            f"Ingest it with `--locations {location}` into another store.",
+            kind=ErrorKind.NOT_STORED,
+        )
+
+    def _needs(self, recipe: Recipe) -> str:
+        parts = [str(source.of) for source in recipe.inputs] or ["token_id"]
+        weights = [str(name) for name in recipe.weights]
+        return " with ".join([" and ".join(parts), *([f"the weights {', '.join(weights)}"] if weights else [])])
+
+    def sequence(self, rows: SequenceRows) -> "SequenceValues":
+        """The values of one sequence; the last one asked for is kept."""
+        if self._latest is None or self._latest.rows != rows:
+            self._latest = SequenceValues(self, rows)
+        return self._latest
+
+
+class SequenceValues:
+    """Raw values of one committed sequence, in float64.
+
+    Values of the layer at hand are kept, so that several scalars of one layer share
+    their steps; a step to the next layer keeps the residual stream alone.
+
+    Args:
+        sources: the open store.
+        rows: the sequence.
+    """
+
+    def __init__(self, sources: Sources, rows: SequenceRows) -> None:
+        self._sources = sources
+        self.rows = rows
+        self._held: dict[tuple[ActivationLocationType, PassType, int | None], Tensor] = {}
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the model."""
+        return self._sources.n_layers
+
+    def weight(self, location: WeightLocationType, layer: int | None) -> "Tensor":
+        """A weight in float64."""
+        return self._sources.weight(location, layer)
+
+    def coefficients(
+        self, declared: DerivedScalar, layer: int | None
+    ) -> npt.NDArray[np.float64]:
+        """The factor per unit of a scalar that rescales a raw value."""
+        return self._sources.coefficients(declared, layer)
+
+    def raw(
+        self,
+        location: ActivationLocationType,
+        pass_type: PassType = PassType.FORWARD,
+        layer: int | None = None,
+    ) -> "Tensor":
+        """A location's values, read or reconstructed.
+
+        Returns:
+            float64 ``(token, *unit axes)``, not to be written to; an attended axis has the
+            sequence's length.
+
+        Raises:
+            Unavailable: the location cannot be had.
+        """
+        held = self._held
+        # A stack of our own: a chain through a deep model is longer than Python's.
+        waiting = [(location, pass_type, layer)]
+        while waiting:
+            place = waiting[-1]
+            if place in held:
+                waiting.pop()
+                continue
+            of, of_pass, at = place
+            recipe = self._sources.require(of, of_pass, at)
+            inputs = (
+                []
+                if recipe is None
+                else [
+                    (name, PassType.FORWARD, number)
+                    for name, number in self._sources._inputs(recipe, at)
+                ]
+            )
+            missing = [needed for needed in inputs if needed not in held]
+            if missing:
+                waiting += reversed(missing)
+                continue
+            value = (
+                self._read(of, of_pass, at)
+                if recipe is None
+                else self._follow(recipe, [held[needed] for needed in inputs], at)
+            )
+            self._forget_below(at)
+            held[place] = value
+            waiting.pop()
+        return held[location, pass_type, layer]
+
+    def _forget_below(self, layer: int | None) -> None:
+        if layer is None:
+            return
+        residual = ActivationLocationType.RESID_POST_MLP
+        for place in list(self._held):
+            of, _, at = place
+            if at is not None and (at < layer - 1 or (at == layer - 1 and of is not residual)):
+                del self._held[place]
+
+    def _follow(self, recipe: Recipe, inputs: "list[Tensor]", layer: int | None) -> "Tensor":
+        weights = [self._sources.weight(name, layer) for name in recipe.weights]
+        setting = Setting(self._sources.model.dimensions, layer, self._token_ids)
+        return recipe.function(inputs, weights, setting)
+
+    @cached_property
+    def _token_ids(self) -> "Tensor":
+        import torch
+
+        plan = self._sources.reader.segment(self.rows.segment)
+        start = self.rows.first_token - plan.first_row
+        ids = plan.token_ids[start : start + self.rows.length]
+        return torch.from_numpy(ids.astype(np.int64))
+
+    def _read(
+        self, location: ActivationLocationType, pass_type: PassType, layer: int | None
+    ) -> "Tensor":
+        import torch
+
+        array = self._sources.reader.array(location, pass_type)
+        start = self.rows.first_token - self.rows.segment * array.spec.segment_rows
+        # A set of its own may cover fewer segments than the base set.
+        array.rows_of(self.rows.segment)
+        stored = array.reader.window(
+            self.rows.segment, layer or 0, start, start + self.rows.length
+        )
+        values = array.spec.dtype.to_float32(stored).astype(np.float64)
+        tensor = torch.from_numpy(values).reshape(len(values), *array.spec.unit_shape)
+        return tensor[..., : self.rows.length] if location.is_pair_shaped else tensor
+
+
+def read_rows(
+    array: StoredArray, layer: int | None, rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Any committed global rows of a stored array, exact.
+
+    Args:
+        array: the stored array.
+        layer: the layer, None for an array outside the blocks.
+        rows: global rows ``(row,)``, any order, repeats allowed.
+
+    Returns:
+        float32 ``(row, column)``.
+    """
+    size, to_float32 = array.spec.segment_rows, array.spec.dtype.to_float32
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] % size == 0)) + 1
+    if len(rows) < _LONG_RUN * (len(breaks) + 1):
+        return to_float32(array.reader.rows(layer or 0, rows))
+    result = np.empty((len(rows), array.spec.columns), np.float32)
+    done = 0
+    for run in np.split(rows, breaks):
+        segment, start = divmod(int(run[0]), size)
+        window = array.reader.window(segment, layer or 0, start, start + len(run))
+        result[done : done + len(run)] = to_float32(window)
+        done += len(run)
+    return result
+
+

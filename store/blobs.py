@@ -1,0 +1,207 @@
+"""Where files live: a local directory behind one small interface.
+
+Publishing never replaces. A file is written under a temporary name, synced, then
+linked to its final name, and its directory is synced; so a final name appears once,
+whole, and a writer that comes late finds the name taken and changes nothing.
+"""
+
+import errno
+import os
+import platform
+import uuid
+from zlib import crc32
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from actstore.store.errors import ErrorKind, StoreDamaged, WriteFailed
+
+__all__ = ["TEMPORARY_MARK", "Blobs", "LocalBlobs", "Part"]
+
+Part = bytes | bytearray | memoryview
+"""A piece of a file on its way to disk."""
+
+TEMPORARY_MARK = ".partial-"
+"""In the name of every file that is not published yet; such files are never read."""
+
+
+class Blobs(Protocol):
+    """The operations a store needs from its medium; keys are ``/``-separated paths."""
+
+    def read(self, key: str) -> bytes:
+        """The whole of a published blob."""
+        ...
+
+    def publish(self, key: str, parts: Iterable[Part]) -> bool:
+        """Write ``parts`` under ``key`` unless it exists; tell whether this call did."""
+        ...
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Swap a mutable blob (only ``zarr.json``) for another, atomically."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether ``key`` is published."""
+        ...
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """All keys below the folder ``prefix``, temporary ones included, sorted."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove a blob; no error when it is not there."""
+        ...
+
+
+class LocalBlobs:
+    """Blobs in a directory of a local file system.
+
+    Args:
+        root: the directory; made on the first write.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def path(self, key: str) -> Path:
+        """The file of a key."""
+        return self.root / key
+
+    def read(self, key: str) -> bytes:
+        """The whole of a published blob.
+
+        Raises:
+            StoreDamaged: there is no such file.
+        """
+        try:
+            return self.path(key).read_bytes()
+        except FileNotFoundError as error:
+            raise missing_file(key) from error
+
+    def exists(self, key: str) -> bool:
+        """Whether ``key`` is published."""
+        return self.path(key).is_file()
+
+    def publish(self, key: str, parts: Iterable[Part]) -> bool:
+        """Write, sync, link, sync the directory; keep what is there already.
+
+        Raises:
+            WriteFailed: the disk is full, read-only or failing; nothing is left behind.
+        """
+        final = self.path(key)
+        temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{writer_id()}-{uuid.uuid4().hex}")
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_synced(temporary, parts)
+                try:
+                    os.link(temporary, final)
+                except FileExistsError:
+                    return False
+                _sync_directory(final.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failed(final, error) from error
+        return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Swap a mutable file for another, atomically and durably."""
+        final = self.path(key)
+        temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{writer_id()}-{uuid.uuid4().hex}")
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_synced(temporary, [data])
+                temporary.rename(final)
+                _sync_directory(final.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failed(final, error) from error
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """All keys below a folder, sorted."""
+        base = self.root / prefix
+        found = [
+            os.path.relpath(os.path.join(folder, name), self.root)
+            for folder, _, names in os.walk(base)
+            for name in names
+        ]
+        yield from sorted(key.replace(os.sep, "/") for key in found)
+
+    def sweep(self) -> list[str]:
+        """Remove the temporary files of this machine's dead writers; list them.
+
+        Those of live processes and of other machines are left alone.
+        """
+        swept = []
+        for key in self.keys():
+            name = key.rsplit("/", 1)[-1]
+            if TEMPORARY_MARK in name and _is_dead(name.split(TEMPORARY_MARK, 1)[1]):
+                self.delete(key)
+                swept.append(key)
+        return swept
+
+    def delete(self, key: str) -> None:
+        """Remove a file; no error when it is not there."""
+        try:
+            self.path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failed(self.path(key), error) from error
+
+
+def missing_file(key: str) -> StoreDamaged:
+    """The error for a file that a record names and the store lacks."""
+    return StoreDamaged(
+        f"{key} is missing. Run `actstore verify` to see what else is.",
+        kind=ErrorKind.MISSING_FILE,
+    )
+
+
+def write_failed(path: Path, error: OSError) -> WriteFailed:
+    """Translate an operating-system error of a write, keeping its cause."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kind, rule = ErrorKind.DISK_FULL, "the disk is full; make room, then run ingest again"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        kind, rule = ErrorKind.READ_ONLY, "the target is not writable; choose another path"
+    else:
+        kind, rule = ErrorKind.WRITE_FAILED, "check the disk, then run ingest again"
+    reason = error.strerror or str(error)
+    return WriteFailed(
+        f"Cannot write {path}: {reason}. What is committed is intact: {rule}.", kind=kind
+    )
+
+
+def writer_id() -> str:
+    """This process, as temporary names spell it: a hash of the machine's name and the pid."""
+    return f"{crc32(platform.node().encode()):08x}-{os.getpid()}"
+
+
+def _is_dead(mark: str) -> bool:
+    machine, process, *_ = [*mark.split("-"), "", ""]
+    if machine != writer_id().split("-")[0] or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _write_synced(path: Path, parts: Iterable[Part]) -> None:
+    with open(path, "xb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""Commit records: a segment of a set is there if and only if its record is.
+
+The record is published last, after every file it names is on disk, and holds neither
+time nor host nor process, so that two writers of one segment write the same record.
+Locks only save work; correctness rests on publishing without replacement.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actstore.store.blobs import LocalBlobs
+from actstore.store.errors import ErrorKind, StoreDamaged
+from actstore.store.manifest import FileEntry
+from actstore.store.records import decode_record, encode_record
+
+__all__ = ["CommitRecord", "lock_segment", "publish_commit", "read_commits"]
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What a committed segment of a set consists of.
+
+    Attributes:
+        set: the set's name.
+        segment: the segment's global number.
+        plan: hash of the plan that fixed its rows.
+        rows: filled token rows.
+        files: every file of the segment, with size and crc32c.
+        statistics: sha256 of its statistics and lists.
+    """
+
+    set: str
+    segment: int
+    plan: str
+    rows: int
+    files: tuple[FileEntry, ...]
+    statistics: str
+
+    @property
+    def path(self) -> str:
+        """The record's path inside the store."""
+        return commit_path(self.set, self.segment)
+
+    def encode(self) -> bytes:
+        """The bytes of the record."""
+        return encode_record(
+            {
+                "set": self.set,
+                "segment": self.segment,
+                "plan": self.plan,
+                "rows": self.rows,
+                "files": [entry.to_json() for entry in self.files],
+                "statistics": self.statistics,
+            }
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, name: str) -> "CommitRecord":
+        """Parse and verify a record.
+
+        Raises:
+            StoreDamaged: it fails its checksum, or stands under a name that is not its own.
+        """
+        fields: dict[str, Any] = decode_record(data, name)
+        record = cls(
+            set=fields["set"],
+            segment=fields["segment"],
+            plan=fields["plan"],
+            rows=fields["rows"],
+            files=tuple(FileEntry.from_json(entry) for entry in fields["files"]),
+            statistics=fields["statistics"],
+        )
+        if record.path != name:
+            raise StoreDamaged(
+                f"{name} holds the record of {record.path}.", kind=ErrorKind.MALFORMED_FILE
+            )
+        return record
+
+
+def commit_path(name: str, segment: int) -> str:
+    """The path of a commit record."""
+    return f"commits/{name}/{segment:06d}.json"
+
+
+def publish_commit(blobs: LocalBlobs, record: CommitRecord) -> bool:
+    """Commit a segment; False when another writer did so first."""
+    return blobs.publish(record.path, [record.encode()])
+
+
+def read_commits(blobs: LocalBlobs, name: str) -> dict[int, CommitRecord]:
+    """The committed segments of a set at this moment, by number."""
+    folder = blobs.path(f"commits/{name}")
+    records = {}
+    for entry in sorted(os.listdir(folder) if folder.is_dir() else []):
+        if entry.endswith(".json") and entry != "set.json":
+            key = f"commits/{name}/{entry}"
+            record = CommitRecord.decode(blobs.read(key), key)
+            records[record.segment] = record
+    return records
+
+
+@contextmanager
+def lock_segment(root: Path, name: str, segment: int) -> Iterator[bool]:
+    """Hold the advisory lock of a segment; yields False when another process has it."""
+    folder = root / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{segment:06d}.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,194 @@
+"""``store.json``: what a store is made from, written once.
+
+The ``identity`` decides whether an ingest continues this store: the model's
+fingerprint, the tokenizer's, and every setting that changes stored bytes. Software
+versions and the device are recorded beside it and may differ between runs.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from actstore.store.blobs import LocalBlobs
+from actstore.store.errors import ErrorKind, NotAStore, StoreConflict, StoreDamaged
+from actstore.store.layout import ArraySpec
+from actstore.store.records import canonical_json, decode_record, encode_record
+
+__all__ = ["FORMAT", "FileEntry", "SetRecord", "StoreManifest", "read_manifest", "read_sets"]
+
+FORMAT = 1
+"""The on-disk format that this version writes."""
+
+MANIFEST = "store.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file that a record answers for."""
+
+    path: str
+    size: int
+    crc32c: int
+
+    def to_json(self) -> list[Any]:
+        """``[path, size, crc32c]``."""
+        return [self.path, self.size, f"{self.crc32c:08x}"]
+
+    @classmethod
+    def from_json(cls, fields: list[Any]) -> "FileEntry":
+        """The entry that :meth:`to_json` described."""
+        return cls(fields[0], fields[1], int(fields[2], 16))
+
+
+@dataclass(frozen=True)
+class StoreManifest:
+    """What a store is made from.
+
+    Attributes:
+        model: name, revision, architecture, dimensions, fingerprint, weights policy.
+        tokenizer: fingerprint, vocabulary size, special token ids, BOS id.
+        config: context, stride, bos policy, segment rows, dtype policy, batch tokens, objective.
+        environment: software versions, device and run dtype at creation; informative.
+        files: the model's files, with their checksums.
+    """
+
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+    config: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    files: tuple[FileEntry, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The members that must agree for a run to continue this store."""
+        unnamed = {k: v for k, v in self.model.items() if k not in ("name", "revision")}
+        return {"model": unnamed, "tokenizer": self.tokenizer, "config": self.config}
+
+    @property
+    def id(self) -> str:
+        """Sixteen hexadecimal digits of the identity's hash."""
+        return hashlib.sha256(canonical_json(self.identity)).hexdigest()[:16]
+
+    @property
+    def segment_rows(self) -> int:
+        """S, the token rows of a segment."""
+        return int(self.config["segment_rows"])
+
+    def encode(self) -> bytes:
+        """The bytes of ``store.json``."""
+        return encode_record(
+            {
+                "format": FORMAT,
+                "id": self.id,
+                "model": self.model,
+                "tokenizer": self.tokenizer,
+                "config": self.config,
+                "environment": self.environment,
+                "files": [entry.to_json() for entry in self.files],
+            }
+        )
+
+    def require_same(self, other: "StoreManifest", path: object) -> None:
+        """Refuse to continue this store with another model or config.
+
+        Raises:
+            StoreConflict: names every member that differs, with both values.
+        """
+        differences = [
+            f"{part}.{key}: the store has {mine.get(key)!r}, this run {theirs.get(key)!r}"
+            for part, mine in self.identity.items()
+            for theirs in [other.identity[part]]
+            for key in sorted({*mine, *theirs})
+            if mine.get(key) != theirs.get(key)
+        ]
+        if differences:
+            raise StoreConflict(
+                f"{path} holds a store of another model or config: {'; '.join(differences)}. "
+                "Ingest into another path, or repeat the store's own settings.",
+                kind=ErrorKind.CONFIG_CONFLICT,
+            )
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """A named group of arrays with its own commit records.
+
+    Attributes:
+        name: ``base`` for what ingest wrote first.
+        arrays: the arrays whose values are kept.
+        retention: location label -> ``raw``, ``index`` or ``none``.
+    """
+
+    name: str
+    arrays: tuple[ArraySpec, ...]
+    retention: dict[str, str]
+
+    @property
+    def path(self) -> str:
+        """The record's path inside the store."""
+        return f"commits/{self.name}/set.json"
+
+    def encode(self) -> bytes:
+        """The bytes of the record."""
+        return encode_record(
+            {
+                "set": self.name,
+                "arrays": [spec.to_json() for spec in self.arrays],
+                "retention": self.retention,
+            }
+        )
+
+
+def read_manifest(blobs: LocalBlobs) -> StoreManifest:
+    """Read and verify ``store.json``.
+
+    Raises:
+        NotAStore: there is none, or its format is newer than this version reads.
+        StoreDamaged: it fails its checksum.
+    """
+    if not blobs.exists(MANIFEST):
+        raise NotAStore(
+            f"{blobs.root} is not a store: it has no {MANIFEST}. "
+            "Make one with `actstore ingest MODEL CORPUS --out DIR`.",
+            kind=ErrorKind.NOT_A_STORE,
+        )
+    data = blobs.read(MANIFEST)
+    # A newer format may lay its record out otherwise, so its number is looked for first.
+    newer = re.search(rb'"format":\s*(\d+)', data)
+    if newer and int(newer[1]) > FORMAT:
+        raise NotAStore(
+            f"{blobs.root} has format {int(newer[1])}; this version reads up to {FORMAT}. "
+            "Upgrade actstore.",
+            kind=ErrorKind.NEWER_FORMAT,
+        )
+    fields = decode_record(data, MANIFEST)
+    manifest = StoreManifest(
+        model=fields["model"],
+        tokenizer=fields["tokenizer"],
+        config=fields["config"],
+        environment=fields["environment"],
+        files=tuple(FileEntry.from_json(entry) for entry in fields["files"]),
+    )
+    if fields["id"] != manifest.id:
+        raise StoreDamaged(
+            f"{MANIFEST} names id {fields['id']}, its contents give {manifest.id}.",
+            kind=ErrorKind.MALFORMED_FILE,
+        )
+    return manifest
+
+
+def read_sets(blobs: LocalBlobs, segment_rows: int) -> dict[str, SetRecord]:
+    """Every set of a store by name, verified."""
+    sets = {}
+    for key in blobs.keys("commits"):
+        if key.endswith("/set.json"):
+            fields = decode_record(blobs.read(key), key)
+            sets[fields["set"]] = SetRecord(
+                name=fields["set"],
+                arrays=tuple(
+                    ArraySpec.from_json(entry, segment_rows) for entry in fields["arrays"]
+                ),
+                retention=fields["retention"],
+            )
+    return sets

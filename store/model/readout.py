@@ -1,0 +1,164 @@
+"""Coefficients and readable facts per neuron and head, computed once from the weights.
+
+The products of activations and norms rest on these coefficients, so they are computed
+in float64 from the weights as stored and kept: recomputing them elsewhere could differ
+in the last bit.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.store.model.weights import FOLDER, ModelWeights
+from actstore.store.sections import open_sections
+from actstore.store.vocabulary import WeightLocationType
+
+__all__ = ["READOUT_KEY", "TOKENS_KEPT", "compute_readout", "read_readout"]
+
+READOUT_KEY = f"{FOLDER}/readout.sections"
+
+TOKENS_KEPT = 10
+"""Vocabulary tokens kept at either end of a neuron's effect on the logits."""
+
+_NEURON_BLOCK = 1024
+_VOCABULARY_BLOCK = 4096
+
+
+def compute_readout(weights: ModelWeights) -> dict[str, npt.NDArray[Any]]:
+    """Compute the coefficients of every neuron and head.
+
+    The effect of a neuron on the logits is its output row times diag(g_final) W_U, less
+    the mean over the vocabulary (spec/derived_scalars.md a.6: the final norm's bias and
+    denominator are left out). Working memory is the unembedding in float32, one layer of
+    weights and 100 MB.
+
+    Args:
+        weights: the model's weights.
+
+    Returns:
+        ``write_norm``, ``read_norm``, ``bias``: float64 (layer, neuron), the norms of
+        the neuron's output row and input column, and its input bias.
+        ``promoted_token``, ``suppressed_token``: int32 (layer, neuron, rank), the tokens
+        with the greatest and least effect, ties in order of token id; and
+        ``promoted_score``, ``suppressed_score``: float32, their effects.
+        ``head_write_norm``, ``head_value_output_norm``: float64 (layer, head), the
+        Frobenius norms of W_O and of W_V W_O.
+    """
+    layers = range(weights.dimensions.n_layers)
+    columns: dict[str, list[npt.NDArray[Any]]] = {}
+    unembedding = _Unembedding(weights)
+    for layer in layers:
+        for name, values in _layer_readout(weights, unembedding, layer).items():
+            columns.setdefault(name, []).append(values)
+    return {name: np.stack(values) for name, values in columns.items()}
+
+
+def read_readout(root: Path) -> dict[str, npt.NDArray[Any]]:
+    """The readout of the store at ``root``, verified; arrays as ``compute_readout`` made them.
+
+    Raises:
+        StoreDamaged: the file is missing or fails a checksum.
+    """
+    sections = open_sections(root, READOUT_KEY)
+    try:
+        return {name: sections.read(name) for name in sections.names}
+    finally:
+        sections.close()
+
+
+def _layer_readout(
+    weights: ModelWeights, unembedding: "_Unembedding", layer: int
+) -> dict[str, npt.NDArray[Any]]:
+    w_out = weights.weight(WeightLocationType.MLP_TO_RESIDUAL, layer)
+    w_in = weights.weight(WeightLocationType.MLP_TO_HIDDEN, layer)
+    w_value = weights.weight(WeightLocationType.ATTN_TO_VALUE, layer)
+    w_output = weights.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer)
+    ends = [
+        unembedding.ends(w_out[start : start + _NEURON_BLOCK])
+        for start in range(0, len(w_out), _NEURON_BLOCK)
+    ]
+    return {
+        "write_norm": np.sqrt(np.einsum("nd,nd->n", w_out, w_out)),
+        "read_norm": np.sqrt(np.einsum("dn,dn->n", w_in, w_in)),
+        "bias": weights.weight(WeightLocationType.MLP_HIDDEN_BIAS, layer),
+        **{name: np.concatenate([end[name] for end in ends]) for name in ends[0]},
+        "head_write_norm": np.sqrt(np.einsum("hcd,hcd->h", w_output, w_output)),
+        "head_value_output_norm": np.array(
+            [
+                np.linalg.norm(value @ output)
+                for value, output in zip(w_value, w_output, strict=True)
+            ]
+        ),
+    }
+
+
+class _Unembedding:
+    """diag(g_final) W_U less its mean over the vocabulary, a block of tokens at a time."""
+
+    def __init__(self, weights: ModelWeights) -> None:
+        self._matrix = weights.weight(WeightLocationType.UNEMBEDDING, dtype="float32")
+        self._gain = weights.weight(WeightLocationType.LAYER_NORM_GAIN_FINAL)[:, None]
+        self._mean = self._matrix.mean(axis=1, dtype=np.float64, keepdims=True)
+
+    def _blocks(self) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+        for start in range(0, self._matrix.shape[1], _VOCABULARY_BLOCK):
+            block = self._matrix[:, start : start + _VOCABULARY_BLOCK].astype(np.float64)
+            block -= self._mean
+            block *= self._gain
+            yield start, block
+
+    def ends(self, rows: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """Tokens and effects at either end for output rows, (row, channel)."""
+        promoted = suppressed = _Kept.empty(len(rows))
+        for start, block in self._blocks():
+            effects = rows @ block
+            promoted = promoted.with_block(effects, start)
+            np.negative(effects, out=effects)
+            suppressed = suppressed.with_block(effects, start)
+        return {
+            "promoted_token": promoted.tokens,
+            "promoted_score": promoted.effects.astype(np.float32),
+            "suppressed_token": suppressed.tokens,
+            "suppressed_score": (-suppressed.effects).astype(np.float32),
+        }
+
+
+class _Kept:
+    """The greatest effects so far of each row, ordered by effect, then token id."""
+
+    def __init__(self, effects: npt.NDArray[np.float64], tokens: npt.NDArray[np.int32]) -> None:
+        self.effects = effects
+        self.tokens = tokens
+
+    @classmethod
+    def empty(cls, rows: int) -> "_Kept":
+        return cls(np.empty((rows, 0)), np.empty((rows, 0), np.int32))
+
+    def with_block(self, effects: npt.NDArray[np.float64], first_token: int) -> "_Kept":
+        """Merge the effects of the tokens that follow all earlier ones, (row, token)."""
+        columns = _greatest(effects)
+        found = np.take_along_axis(effects, columns, axis=1)
+        tokens = (columns + first_token).astype(np.int32)
+        effects = np.concatenate([self.effects, found], axis=1)
+        tokens = np.concatenate([self.tokens, tokens], axis=1)
+        # Stable: of equal effects the earlier, which is the smaller token id, stays first.
+        order = np.argsort(-effects, axis=1, kind="stable")[:, :TOKENS_KEPT]
+        return _Kept(
+            np.take_along_axis(effects, order, axis=1), np.take_along_axis(tokens, order, axis=1)
+        )
+
+
+def _greatest(effects: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Columns of the ``TOKENS_KEPT`` greatest values of each row, ascending by column."""
+    count = effects.shape[1]
+    if count <= TOKENS_KEPT:
+        return np.broadcast_to(np.arange(count), effects.shape).copy()
+    columns = np.argpartition(effects, count - TOKENS_KEPT, axis=1)[:, count - TOKENS_KEPT :]
+    least = np.take_along_axis(effects, columns, axis=1).min(axis=1, keepdims=True)
+    # A partition picks any of the values tied at the cut; the smallest token ids must win.
+    for row in np.flatnonzero((effects >= least).sum(axis=1) > TOKENS_KEPT):
+        columns[row] = np.argsort(-effects[row], kind="stable")[:TOKENS_KEPT]
+    return np.sort(columns, axis=1)

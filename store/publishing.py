@@ -1,0 +1,246 @@
+"""Publishing a segment: shards, zone files, the part, and the commit record last.
+
+What is on disk decides. A name that is taken keeps its bytes, and everything computed
+afterwards (zone maps, lists, statistics, checksums) is computed from those; so two
+writers of one segment, or a writer that comes back late, end with one consistent store.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+
+from actstore.store.blobs import LocalBlobs, Part
+from actstore.store.commits import CommitRecord, publish_commit
+from actstore.store.errors import ErrorKind, StoreDamaged
+from actstore.store.layout import (
+    TOKEN_ID_FILL,
+    array_metadata,
+    group_metadata,
+    token_id_metadata,
+)
+from actstore.store.manifest import FileEntry, SetRecord
+from actstore.store.parts import encode_part, part_path
+from actstore.store.plan import SegmentPlan
+from actstore.store.sections import SectionFile, encode_sections
+from actstore.store.shards import SegmentBuffer, shard_parts
+from actstore.store.zones import describe_segment
+
+__all__ = ["metadata_files", "publish_file", "publish_metadata", "publish_segment", "token_id_path"]
+
+BASE_SET = "base"
+"""The set that ingest writes first; parts and ``token_id`` are among its files."""
+
+_SLICE = 4 * 2**20
+_MISSING = 2**64 - 1
+
+
+def publish_segment(
+    blobs: LocalBlobs,
+    set_record: SetRecord,
+    plan_hash: str,
+    segment_plan: SegmentPlan,
+    buffers: Mapping[str, SegmentBuffer],
+) -> CommitRecord:
+    """Publish everything a segment of a set consists of, the commit record last.
+
+    Args:
+        blobs: the store.
+        set_record: the set; every array of it needs a buffer.
+        plan_hash: hash of the plan that fixed the segment's rows.
+        segment_plan: the segment's rows.
+        buffers: ``ArraySpec.key`` -> the segment's values. Where a shard was on disk before,
+            its bytes replace the buffer's.
+
+    Returns:
+        The record that is now published, by this call or by an earlier writer.
+
+    Raises:
+        WriteFailed: the disk is full, read-only or failing; nothing was committed.
+        StoreDamaged: a file under one of the segment's names is not what its name promises.
+    """
+    segment = segment_plan.number
+    files: list[FileEntry] = []
+    digest = hashlib.sha256()
+    for spec in set_record.arrays:
+        buffer = buffers[spec.key]
+        files += [_publish_shard(blobs, buffer, n, segment) for n in range(spec.shards)]
+        path = spec.zone_path(segment)
+        sections = describe_segment(buffer, segment_plan.special)
+        entry, is_new = _publish(blobs, path, encode_sections(sections))
+        if not is_new:
+            sections = _existing_zones(blobs, path, sections["checksums"])
+        files.append(entry)
+        _add_statistics(digest, spec.key, sections)
+    if set_record.name == BASE_SET:
+        parts = _token_id_parts(segment_plan.token_ids, set_record.arrays[0].segment_rows)
+        files.append(_publish(blobs, token_id_path(segment), parts)[0])
+        files.append(_publish(blobs, part_path(segment), [encode_part(segment_plan)])[0])
+    record = CommitRecord(
+        set=set_record.name,
+        segment=segment,
+        plan=plan_hash,
+        rows=segment_plan.n_rows,
+        files=tuple(files),
+        statistics=digest.hexdigest(),
+    )
+    if publish_commit(blobs, record):
+        return record
+    existing = CommitRecord.decode(blobs.read(record.path), record.path)
+    if existing != record:
+        raise StoreDamaged(
+            f"{record.path} was committed before and does not describe the files on disk. "
+            "Run `actstore verify`.",
+            kind=ErrorKind.MALFORMED_FILE,
+        )
+    return existing
+
+
+def token_id_path(segment: int) -> str:
+    """The shard of ``arrays/token_id`` that holds a segment."""
+    return f"arrays/token_id/c.{segment}"
+
+
+def metadata_files(set_record: SetRecord, segments: int) -> dict[str, bytes]:
+    """Every ``zarr.json`` that a set answers for, by path.
+
+    Args:
+        set_record: the set.
+        segments: segments of all plans: the length of the token axis in segments.
+    """
+    files = {"arrays/zarr.json": group_metadata()}
+    for spec in set_record.arrays:
+        files[f"arrays/{spec.location.label}/zarr.json"] = group_metadata()
+        files[f"arrays/{spec.key}/zarr.json"] = array_metadata(spec, segments)
+    if set_record.name == BASE_SET:
+        rows = set_record.arrays[0].segment_rows
+        files["arrays/token_id/zarr.json"] = token_id_metadata(rows, segments)
+    return files
+
+
+def publish_file(blobs: LocalBlobs, path: str, parts: Iterable[Part]) -> FileEntry:
+    """Publish one file, or keep the one under its name; describe what is there now."""
+    return _publish(blobs, path, parts)[0]
+
+
+def publish_metadata(blobs: LocalBlobs, set_record: SetRecord, segments: int) -> None:
+    """Write the Zarr metadata of a set, or lengthen it; an array never gets shorter.
+
+    Raises:
+        WriteFailed: the disk is full, read-only or failing.
+        StoreDamaged: a ``zarr.json`` is not JSON.
+    """
+    for path, data in metadata_files(set_record, segments).items():
+        if not blobs.exists(path):
+            blobs.publish(path, [data])
+        elif _token_rows(data, path) > _token_rows(blobs.read(path), path):
+            blobs.replace(path, data)
+
+
+def _publish_shard(blobs: LocalBlobs, buffer: SegmentBuffer, shard: int, segment: int) -> FileEntry:
+    spec = buffer.spec
+    path = spec.shard_path(shard, segment)
+    # Looking first saves a resumed run from writing what link would refuse.
+    if not blobs.exists(path):
+        parts = shard_parts(spec, shard, buffer.rows, buffer.shard(shard))
+        entry, is_new = _publish(blobs, path, parts)
+        if is_new:
+            return entry
+    data = blobs.read(path)
+    index = spec.shard_index(shard, buffer.rows).astype("<u8").tobytes()
+    trailer = index + crc32c(index).to_bytes(4, "little")
+    if len(data) != spec.shard_bytes(shard, buffer.rows) or not data.endswith(trailer):
+        raise StoreDamaged(
+            f"{path} was there before this run and is not a shard of {buffer.rows} rows of "
+            f"{spec.key}. Run `actstore verify`, then repair segment {segment}.",
+            kind=ErrorKind.MALFORMED_FILE,
+        )
+    chunks = buffer.shard(shard)
+    chunks[...] = np.frombuffer(data, spec.dtype.storage, chunks.size).reshape(chunks.shape)
+    return FileEntry(path, len(data), crc32c(data))
+
+
+def _publish(blobs: LocalBlobs, path: str, parts: Iterable[Part]) -> tuple[FileEntry, bool]:
+    """Publish a file; describe what is under its name now and whether it is ours."""
+    written = _Measured(parts)
+    if not blobs.exists(path) and blobs.publish(path, written):
+        return FileEntry(path, written.size, written.checksum), True
+    data = blobs.read(path)
+    return FileEntry(path, len(data), crc32c(data)), False
+
+
+class _Measured:
+    """Parts on their way to disk, with their size and checksum so far.
+
+    Large parts pass in slices, so that the copy to the page cache finds what the checksum
+    has just brought into the processor's cache.
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = parts
+        self.size = 0
+        self.checksum = 0
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for part in self._parts:
+            view = memoryview(part).cast("B")
+            for start in range(0, len(view), _SLICE):
+                piece = view[start : start + _SLICE]
+                self.checksum = crc32c(piece, self.checksum)
+                self.size += len(piece)
+                yield piece
+
+
+def _existing_zones(
+    blobs: LocalBlobs, path: str, checksums: npt.NDArray[np.uint32]
+) -> dict[str, npt.NDArray[Any]]:
+    """The sections of a zone file that was there before, if it belongs to the shards."""
+    file = SectionFile(blobs.path(path), path)
+    sections = {name: file.read(name) for name in file.names}
+    file.close()
+    if not np.array_equal(sections.get("checksums", np.empty(0)), checksums):
+        raise StoreDamaged(
+            f"{path} was there before this run and does not describe its shards. "
+            "Run `actstore verify`, then repair the segment.",
+            kind=ErrorKind.CHECKSUM_MISMATCH,
+        )
+    return sections
+
+
+def _add_statistics(
+    digest: "hashlib._Hash", key: str, sections: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    for name in sorted(sections.keys() - {"checksums"}):
+        digest.update(f"{key}/{name}\n".encode())
+        digest.update(np.ascontiguousarray(sections[name]).reshape(-1).view(np.uint8).data)
+
+
+def _token_id_parts(token_ids: npt.NDArray[Any], segment_rows: int) -> Iterator[Part]:
+    """The bytes of a ``token_id`` shard: filled chunks, then Zarr's index."""
+    shape = json.loads(token_id_metadata(segment_rows, 1))
+    chunk = shape["codecs"][0]["configuration"]["chunk_shape"][0]
+    present = -(-len(token_ids) // chunk)
+    values = np.full(present * chunk, TOKEN_ID_FILL, "<i4")
+    values[: len(token_ids)] = token_ids
+    yield values.view(np.uint8).data
+    index = np.full((segment_rows // chunk, 2), _MISSING, "<u8")
+    index[:present, 0] = np.arange(present) * 4 * chunk
+    index[:present, 1] = 4 * chunk
+    yield index.tobytes()
+    yield crc32c(index.tobytes()).to_bytes(4, "little")
+
+
+def _token_rows(data: bytes, path: str) -> int:
+    """Length of the token axis in a ``zarr.json``; 0 for a group."""
+    try:
+        fields = json.loads(data)
+        names = fields.get("dimension_names", [])
+        return int(fields["shape"][names.index("token")]) if names else 0
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreDamaged(
+            f"{path} is not Zarr metadata. Run `actstore verify`.", kind=ErrorKind.MALFORMED_FILE
+        ) from error

@@ -1,0 +1,65 @@
+"""JSON records that carry their own checksum.
+
+A record is one canonical JSON object (sorted keys, no spaces) with a member
+``crc32c`` over the canonical bytes of the rest, so that one flipped byte anywhere
+in the file is found by whoever reads it.
+"""
+
+import json
+from typing import Any
+
+from crc32c import crc32c
+
+from actstore.store.errors import ErrorKind, StoreDamaged
+
+__all__ = ["canonical_json", "decode_record", "encode_record"]
+
+
+def canonical_json(value: object) -> bytes:
+    """The one byte string of a JSON value: sorted keys, no spaces, no NaN, UTF-8."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode()
+
+
+def encode_record(fields: dict[str, Any]) -> bytes:
+    """Serialise ``fields`` with their checksum.
+
+    >>> encode_record({"b": 1, "a": "x"})
+    b'{"a":"x","b":1,"crc32c":"6da0ba0b"}\\n'
+    """
+    body = {key: value for key, value in fields.items() if key != "crc32c"}
+    checksum = f"{crc32c(canonical_json(body)):08x}"
+    return canonical_json({**body, "crc32c": checksum}) + b"\n"
+
+
+def decode_record(data: bytes, name: str) -> dict[str, Any]:
+    """Parse and verify a record.
+
+    Args:
+        data: the file's bytes.
+        name: the file's path inside the store, for the message.
+
+    Returns:
+        The fields without ``crc32c``.
+
+    Raises:
+        StoreDamaged: the bytes are not what ``encode_record`` wrote.
+    """
+    try:
+        fields = json.loads(data)
+        checksum = fields.pop("crc32c")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise StoreDamaged(
+            f"{name} is not a record of this format. Run `actstore verify`.",
+            kind=ErrorKind.MALFORMED_FILE,
+        ) from error
+    # Comparing bytes, not fields: a flip that JSON forgives (a space, a case) counts too.
+    if encode_record(fields) != data:
+        raise StoreDamaged(
+            f"{name} fails its checksum {checksum}. Run `actstore verify`.",
+            kind=ErrorKind.CHECKSUM_MISMATCH,
+        )
+    result: dict[str, Any] = fields
+    return result

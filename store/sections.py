@@ -1,0 +1,194 @@
+"""Checked files: named arrays in one file, every 4 KiB under a checksum.
+
+Plans, zone maps and indexes are kept in this form. A reader fetches just the bytes
+of a slice and verifies the blocks that hold them, so a flipped bit in an index is an
+error and never a wrong answer. The layout::
+
+    data            sections one after another, each from a multiple of 4096
+    checksums       uint32 little-endian crc32c of every 4096 bytes of data
+    footer          JSON: {"sections": {name: [dtype, shape, offset]}, "blocks": n, "attributes"}
+    trailer         crc32c(checksums + footer), len(footer) as uint32, magic "actsec01"
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+
+from actstore.store.blobs import missing_file
+from actstore.store.errors import ErrorKind, StoreDamaged
+from actstore.store.records import canonical_json
+
+__all__ = ["BLOCK", "SectionFile", "encode_sections"]
+
+BLOCK = 4096
+"""Bytes under one checksum: a disk page, so a verified read costs no extra I/O."""
+
+_MAGIC = b"actsec01"
+_TRAILER = 4 + 4 + len(_MAGIC)
+
+
+def encode_sections(
+    arrays: Mapping[str, npt.NDArray[Any]], attributes: Mapping[str, Any] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a checked file, in parts, ready to publish.
+
+    Args:
+        arrays: name -> array of a fixed-size little-endian dtype.
+        attributes: JSON values kept in the footer.
+    """
+    checksums: list[npt.NDArray[np.uint32]] = []
+    sections: dict[str, list[Any]] = {}
+    offset = 0
+    for name, array in arrays.items():
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        sections[name] = [array.dtype.str, list(array.shape), offset]
+        padding = bytes(-len(flat) % BLOCK)
+        checksums.append(_block_checksums(flat))
+        offset += len(flat) + len(padding)
+        yield flat.data
+        yield padding
+    table = np.concatenate(checksums) if checksums else np.empty(0, np.uint32)
+    footer = canonical_json(
+        {"sections": sections, "blocks": len(table), "attributes": dict(attributes or {})}
+    )
+    tail = table.astype("<u4").tobytes() + footer
+    yield tail
+    yield crc32c(tail).to_bytes(4, "little") + len(footer).to_bytes(4, "little") + _MAGIC
+
+
+class SectionFile:
+    """A checked file opened for verified reads.
+
+    Args:
+        path: the file.
+        name: its key inside the store, for messages.
+
+    Raises:
+        StoreDamaged: the file is missing, or its trailer, footer or checksum table is bad.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], name: str) -> None:
+        self.name = name
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise missing_file(name) from error
+        size = os.fstat(self._descriptor).st_size
+        trailer = os.pread(self._descriptor, _TRAILER, max(size - _TRAILER, 0))
+        length = int.from_bytes(trailer[4:8], "little")
+        if len(trailer) < _TRAILER or trailer[8:] != _MAGIC or length > size:
+            raise self._damaged("has no valid trailer", ErrorKind.MALFORMED_FILE)
+        # The table's length follows from the file's, so the checksum is tested before any parse.
+        tail = size - _TRAILER - length
+        blocks = tail // (BLOCK + 4)
+        if tail % (BLOCK + 4) or tail < 0:
+            raise self._damaged("has an impossible length", ErrorKind.MALFORMED_FILE)
+        body = os.pread(self._descriptor, 4 * blocks + length, blocks * BLOCK)
+        if crc32c(body).to_bytes(4, "little") != trailer[:4]:
+            raise self._damaged("fails the checksum of its footer", ErrorKind.CHECKSUM_MISMATCH)
+        self._checksums = np.frombuffer(body[: 4 * blocks], "<u4")
+        footer = json.loads(body[4 * blocks :])
+        self.attributes: dict[str, Any] = footer["attributes"]
+        self._sections: dict[str, tuple[np.dtype[Any], tuple[int, ...], int]] = {
+            key: (np.dtype(dtype), tuple(shape), offset)
+            for key, (dtype, shape, offset) in footer["sections"].items()
+        }
+
+    def close(self) -> None:
+        """Release the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
+
+    def __contains__(self, section: str) -> bool:
+        return section in self._sections
+
+    @property
+    def names(self) -> list[str]:
+        """The sections' names."""
+        return list(self._sections)
+
+    def shape(self, section: str) -> tuple[int, ...]:
+        """The shape of a section."""
+        return self._sections[section][1]
+
+    def read(self, section: str) -> npt.NDArray[Any]:
+        """A whole section, verified."""
+        _, shape, _ = self._sections[section]
+        return self.slice(section, 0, int(np.prod(shape))).reshape(shape)
+
+    def row(self, section: str, *index: int) -> npt.NDArray[Any]:
+        """``section[index]`` for leading indices, verified; reads only those bytes."""
+        _, shape, _ = self._sections[section]
+        rest = shape[len(index) :]
+        count = int(np.prod(rest))
+        start = int(np.ravel_multi_index(index, shape[: len(index)])) * count if index else 0
+        return self.slice(section, start, start + count).reshape(rest)
+
+    def slice(self, section: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements ``start:stop`` of the flattened section, verified.
+
+        Raises:
+            StoreDamaged: a block that holds them fails its checksum.
+        """
+        dtype, shape, offset = self._sections[section]
+        stop = min(stop, int(np.prod(shape)))
+        if stop <= start:
+            return np.empty(0, dtype)
+        first = (offset + start * dtype.itemsize) // BLOCK
+        last = (offset + stop * dtype.itemsize - 1) // BLOCK + 1
+        data = os.pread(self._descriptor, (last - first) * BLOCK, first * BLOCK)
+        if len(data) != (last - first) * BLOCK:
+            raise self._damaged("is shorter than its footer says", ErrorKind.MALFORMED_FILE)
+        view = memoryview(data)
+        expected = self._checksums[first:last]
+        for number in range(last - first):
+            block = view[number * BLOCK : (number + 1) * BLOCK]
+            if crc32c(block) != expected[number]:
+                raise self._damaged(
+                    f"fails the checksum of block {first + number}", ErrorKind.CHECKSUM_MISMATCH
+                )
+        skip = offset + start * dtype.itemsize - first * BLOCK
+        return np.frombuffer(data, dtype, stop - start, skip)
+
+    def verify(self) -> int:
+        """Check every block; returns the bytes of the file.
+
+        Raises:
+            StoreDamaged: a block fails its checksum.
+        """
+        for number, expected in enumerate(self._checksums):
+            block = os.pread(self._descriptor, BLOCK, number * BLOCK)
+            if crc32c(block) != expected:
+                raise self._damaged(
+                    f"fails the checksum of block {number}", ErrorKind.CHECKSUM_MISMATCH
+                )
+        return os.fstat(self._descriptor).st_size
+
+    def _damaged(self, what: str, kind: ErrorKind) -> StoreDamaged:
+        return StoreDamaged(f"{self.name} {what}. Run `actstore verify`.", kind=kind)
+
+
+def open_sections(root: Path, key: str) -> SectionFile:
+    """Open the checked file ``key`` below ``root``."""
+    return SectionFile(root / key, key)
+
+
+def _block_checksums(flat: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
+    whole = len(flat) // BLOCK
+    view = flat.data
+    table = [crc32c(view[n * BLOCK : (n + 1) * BLOCK]) for n in range(whole)]
+    if len(flat) % BLOCK:
+        rest = bytes(view[whole * BLOCK :])
+        table.append(crc32c(rest + bytes(BLOCK - len(rest))))
+    return np.array(table, np.uint32)

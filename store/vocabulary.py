@@ -1,0 +1,332 @@
+"""The words of the field: dimensions, nodes, passes and places in the forward pass.
+
+Each enumeration is one table. The names of the locations are those of OpenAI's
+Transformer Debugger (lower case); TransformerLens' hook names are accepted wherever
+a location is named.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+from actstore.store.errors import ErrorKind, InvalidInput
+
+__all__ = [
+    "ActivationLocationType",
+    "Dimension",
+    "NodeType",
+    "PassType",
+    "WeightLocationType",
+    "parse_location",
+    "parse_locations",
+    "PRESETS",
+]
+
+
+class PassType(StrEnum):
+    """Forward values, or the gradient of the run's objective with respect to them."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+class Dimension(StrEnum):
+    """Names of tensor axes; the same in Zarr's ``dimension_names``, SQL and results."""
+
+    LAYER = "layer"
+    TOKEN = "token"
+    ATTENDED = "attended"
+    HEAD = "head"
+    HEAD_CHANNEL = "head_channel"
+    NEURON = "neuron"
+    LATENT = "latent"
+    CHANNEL = "channel"
+    VOCABULARY = "vocabulary"
+    SINGLETON = "singleton"
+
+
+class NodeType(StrEnum):
+    """What the last axis of a tensor indexes."""
+
+    ATTENTION_HEAD = "attention_head"
+    QK_CHANNEL = "qk_channel"
+    V_CHANNEL = "v_channel"
+    MLP_NEURON = "mlp_neuron"
+    AUTOENCODER_LATENT = "autoencoder_latent"
+    MLP_AUTOENCODER_LATENT = "mlp_autoencoder_latent"
+    ATTENTION_AUTOENCODER_LATENT = "attention_autoencoder_latent"
+    LAYER = "layer"
+    RESIDUAL_STREAM_CHANNEL = "residual_stream_channel"
+    VOCAB_TOKEN = "vocab_token"
+
+
+@dataclass(frozen=True)
+class _Location:
+    axes: tuple[Dimension, ...]
+    node_type: NodeType
+    has_layers: bool
+    lens_name: str
+    meaning: str
+
+
+_D = Dimension
+_N = NodeType
+
+
+class ActivationLocationType(Enum):
+    """A place in the forward pass whose tensor is raw.
+
+    ``axes`` are the axes after the token axis; ``lens_name`` is TransformerLens' hook
+    name within a block, or the whole name for a place outside the blocks.
+    """
+
+    RESID_POST_EMBEDDING = _Location(
+        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, False, "hook_embed_sum",
+        "token plus position embedding, before block 0",
+    )
+    ATTN_INPUT_LAYER_NORM_SCALE = _Location(
+        (_D.SINGLETON,), _N.LAYER, True, "ln1.hook_scale",
+        "denominator of the norm before attention, sqrt(variance + eps)",
+    )
+    ATTN_QUERY = _Location(
+        (_D.HEAD, _D.HEAD_CHANNEL), _N.QK_CHANNEL, True, "attn.hook_q",
+        "queries as the attention function received them",
+    )
+    ATTN_KEY = _Location(
+        (_D.HEAD, _D.HEAD_CHANNEL), _N.QK_CHANNEL, True, "attn.hook_k",
+        "keys as the attention function received them",
+    )
+    ATTN_VALUE = _Location(
+        (_D.HEAD, _D.HEAD_CHANNEL), _N.V_CHANNEL, True, "attn.hook_v",
+        "values as the attention function received them",
+    )
+    ATTN_QK_LOGITS = _Location(
+        (_D.HEAD, _D.ATTENDED), _N.ATTENTION_HEAD, True, "attn.hook_attn_scores",
+        "scaled query-key products, minus infinity above the diagonal",
+    )
+    ATTN_QK_PROBS = _Location(
+        (_D.HEAD, _D.ATTENDED), _N.ATTENTION_HEAD, True, "attn.hook_pattern",
+        "attention probabilities over the attended tokens",
+    )
+    ATTN_WEIGHTED_SUM_OF_VALUES = _Location(
+        (_D.HEAD, _D.HEAD_CHANNEL), _N.V_CHANNEL, True, "attn.hook_z",
+        "values weighted by the probabilities, before the output projection",
+    )
+    RESID_DELTA_ATTN = _Location(
+        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, True, "hook_attn_out",
+        "what attention adds to the residual stream, output bias included",
+    )
+    RESID_POST_ATTN = _Location(
+        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, True, "hook_resid_mid",
+        "residual stream after attention",
+    )
+    MLP_INPUT_LAYER_NORM_SCALE = _Location(
+        (_D.SINGLETON,), _N.LAYER, True, "ln2.hook_scale",
+        "denominator of the norm before the MLP, sqrt(variance + eps)",
+    )
+    MLP_PRE_ACT = _Location(
+        (_D.NEURON,), _N.MLP_NEURON, True, "mlp.hook_pre",
+        "MLP neurons before the activation function",
+    )
+    MLP_POST_ACT = _Location(
+        (_D.NEURON,), _N.MLP_NEURON, True, "mlp.hook_post",
+        "MLP neurons after the activation function",
+    )
+    RESID_DELTA_MLP = _Location(
+        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, True, "hook_mlp_out",
+        "what the MLP adds to the residual stream, output bias included",
+    )
+    RESID_POST_MLP = _Location(
+        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, True, "hook_resid_post",
+        "residual stream after the MLP: the output of the block",
+    )
+    RESID_FINAL_LAYER_NORM_SCALE = _Location(
+        (_D.SINGLETON,), _N.LAYER, False, "ln_final.hook_scale",
+        "denominator of the final norm, sqrt(variance + eps)",
+    )
+    LOGITS = _Location(
+        (_D.VOCABULARY,), _N.VOCAB_TOKEN, False, "logits",
+        "the unembedding's output",
+    )
+
+    @property
+    def label(self) -> str:
+        """The lower-case name, as in code, docs, SQL and paths."""
+        return self.name.lower()
+
+    @property
+    def axes(self) -> tuple[Dimension, ...]:
+        """The axes after the token axis."""
+        return self.value.axes
+
+    @property
+    def node_type(self) -> NodeType:
+        """What the last axis indexes."""
+        return self.value.node_type
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether there is one tensor per layer."""
+        return self.value.has_layers
+
+    @property
+    def meaning(self) -> str:
+        """One line for people."""
+        return self.value.meaning
+
+    @property
+    def is_pair_shaped(self) -> bool:
+        """Whether an axis runs over attended tokens."""
+        return Dimension.ATTENDED in self.axes
+
+    @property
+    def lens_name(self) -> str:
+        """TransformerLens' hook name, without ``blocks.N.``."""
+        return self.value.lens_name
+
+    def __str__(self) -> str:
+        return self.label
+
+    def __repr__(self) -> str:
+        return f"ActivationLocationType.{self.name}"
+
+
+class WeightLocationType(StrEnum):
+    """A weight of the model, in the orientation that the derived scalars use."""
+
+    EMBEDDING = "embedding"
+    UNEMBEDDING = "unembedding"
+    POSITION_EMBEDDING = "position_embedding"
+    ATTN_TO_QUERY = "attn_to_query"
+    ATTN_TO_KEY = "attn_to_key"
+    ATTN_TO_VALUE = "attn_to_value"
+    ATTN_TO_RESIDUAL = "attn_to_residual"
+    ATTN_OUTPUT_BIAS = "attn_output_bias"
+    MLP_TO_HIDDEN = "mlp_to_hidden"
+    MLP_HIDDEN_BIAS = "mlp_hidden_bias"
+    MLP_TO_RESIDUAL = "mlp_to_residual"
+    MLP_OUTPUT_BIAS = "mlp_output_bias"
+    LAYER_NORM_GAIN_PRE_ATTN = "layer_norm_gain_pre_attn"
+    LAYER_NORM_BIAS_PRE_ATTN = "layer_norm_bias_pre_attn"
+    LAYER_NORM_GAIN_PRE_MLP = "layer_norm_gain_pre_mlp"
+    LAYER_NORM_BIAS_PRE_MLP = "layer_norm_bias_pre_mlp"
+    LAYER_NORM_GAIN_FINAL = "layer_norm_gain_final"
+    LAYER_NORM_BIAS_FINAL = "layer_norm_bias_final"
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether there is one such weight per layer."""
+        return self not in (
+            WeightLocationType.EMBEDDING,
+            WeightLocationType.UNEMBEDDING,
+            WeightLocationType.POSITION_EMBEDDING,
+            WeightLocationType.LAYER_NORM_GAIN_FINAL,
+            WeightLocationType.LAYER_NORM_BIAS_FINAL,
+        )
+
+
+_L = ActivationLocationType
+_MINIMAL = (_L.RESID_POST_EMBEDDING, _L.RESID_POST_MLP)
+_NEURONS = (*_MINIMAL, _L.MLP_POST_ACT)
+
+PRESETS: dict[str, tuple[ActivationLocationType, ...]] = {
+    "minimal": _MINIMAL,
+    "neurons": _NEURONS,
+    "attention": (
+        *_NEURONS,
+        _L.ATTN_QUERY,
+        _L.ATTN_KEY,
+        _L.ATTN_VALUE,
+        _L.RESID_POST_ATTN,
+        _L.ATTN_INPUT_LAYER_NORM_SCALE,
+        _L.MLP_INPUT_LAYER_NORM_SCALE,
+        _L.RESID_FINAL_LAYER_NORM_SCALE,
+    ),
+    "full": tuple(
+        location
+        for location in _L
+        if not location.is_pair_shaped and location is not _L.LOGITS
+    ),
+}
+"""Named sets of locations; a set is stored in the order of the enumeration."""
+
+_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
+_ALIASES: dict[str, tuple[ActivationLocationType, int | None]] = {
+    "embed": (_L.RESID_POST_EMBEDDING, None),
+    "resid_mid": (_L.RESID_POST_ATTN, None),
+    "resid_post": (_L.RESID_POST_MLP, None),
+    "attn_out": (_L.RESID_DELTA_ATTN, None),
+    "mlp_out": (_L.RESID_DELTA_MLP, None),
+    "pre": (_L.MLP_PRE_ACT, None),
+    "mlp_pre": (_L.MLP_PRE_ACT, None),
+    "post": (_L.MLP_POST_ACT, None),
+    "mlp_post": (_L.MLP_POST_ACT, None),
+    "q": (_L.ATTN_QUERY, None),
+    "k": (_L.ATTN_KEY, None),
+    "v": (_L.ATTN_VALUE, None),
+    "z": (_L.ATTN_WEIGHTED_SUM_OF_VALUES, None),
+    "pattern": (_L.ATTN_QK_PROBS, None),
+    "attn_scores": (_L.ATTN_QK_LOGITS, None),
+    "attn": (_L.ATTN_QK_PROBS, None),
+}
+
+
+def parse_location(name: str) -> tuple[ActivationLocationType, int | None]:
+    """Resolve a location by its own or by a TransformerLens name.
+
+    Args:
+        name: ``mlp_post_act``, ``mlp_post``, ``post``, ``hook_resid_post``,
+            ``blocks.3.hook_resid_post`` …
+
+    Returns:
+        The location, and the layer if the name holds one.
+
+    Raises:
+        InvalidInput: no such location; the message lists the known ones.
+
+    >>> parse_location("blocks.3.hook_resid_post")
+    (ActivationLocationType.RESID_POST_MLP, 3)
+    """
+    text = name.strip().lower()
+    layer: int | None = None
+    matched = _BLOCK_NAME.fullmatch(text)
+    if matched:
+        layer, text = int(matched[1]), matched[2]
+        if text == "hook_resid_pre":
+            return (_L.RESID_POST_EMBEDDING, None) if layer == 0 else (_L.RESID_POST_MLP, layer - 1)
+    for location in _L:
+        if text in (location.label, location.lens_name):
+            return location, layer
+    short = text.rsplit(".", 1)[-1].removeprefix("hook_")
+    if short in _ALIASES:
+        return _ALIASES[short][0], layer
+    known = ", ".join(location.label for location in _L)
+    raise InvalidInput(
+        f"Unknown location {name!r}. Known locations: {known}; presets: {', '.join(PRESETS)}; "
+        "TransformerLens names (mlp_post, blocks.3.hook_resid_post) are accepted too.",
+        kind=ErrorKind.UNKNOWN_LOCATION,
+    )
+
+
+def parse_locations(names: str | list[str] | tuple[str, ...]) -> tuple[ActivationLocationType, ...]:
+    """Resolve presets and names (a comma-separated string or a list) to distinct locations.
+
+    Raises:
+        InvalidInput: a name is unknown, or none is given.
+
+    >>> [str(location) for location in parse_locations("minimal,mlp_post")]
+    ['resid_post_embedding', 'mlp_post_act', 'resid_post_mlp']
+    """
+    parts = names.split(",") if isinstance(names, str) else list(names)
+    chosen: set[ActivationLocationType] = set()
+    for part in parts:
+        if part.strip() in PRESETS:
+            chosen.update(PRESETS[part.strip()])
+        elif part.strip():
+            chosen.add(parse_location(part)[0])
+    if not chosen:
+        raise InvalidInput(
+            f"No location given in {names!r}. Name a preset ({', '.join(PRESETS)}) or locations.",
+            kind=ErrorKind.UNKNOWN_LOCATION,
+        )
+    return tuple(location for location in _L if location in chosen)
