@@ -38,7 +38,7 @@ def names_files(item: str) -> bool:
 
 
 def find_files(patterns: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files that paths and globs name, each once, in the order given.
+    """The files that paths and globs name, absolute, each once, in the order given.
 
     A folder stands for all regular files below it, a glob for the files (not folders) that
     it matches, both sorted.
@@ -63,7 +63,7 @@ def find_files(patterns: Sequence[str | os.PathLike[str]]) -> list[Path]:
                 "iterator: iter([text]).",
                 kind=ErrorKind.EMPTY_CORPUS,
             )
-        found.update(dict.fromkeys(files))
+        found.update(dict.fromkeys(Path(os.path.abspath(path)) for path in files))
     return list(found)
 
 
@@ -76,11 +76,11 @@ def read_files(files: Sequence[Path], fields: RecordFields) -> Iterator[Document
     Raises:
         InvalidInput: a file cannot be read, is not UTF-8, or lacks the text column.
     """
-    absolute = [os.path.abspath(path) for path in files]
-    shared = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    for path in absolute:
-        name = os.path.relpath(path, shared).replace(os.sep, "/")
-        read = _READERS.get(os.path.splitext(path)[1].lower(), _read_text)
+    shared = os.path.commonpath([path.parent for path in files])
+    for path in files:
+        # A file name may be no valid text; what names a document in a store must be.
+        name = os.fsencode(path.relative_to(shared).as_posix()).decode(errors="replace")
+        read = _READERS.get(path.suffix.lower(), _read_text)
         try:
             yield from read(path, name, fields)
         except (OSError, pa.ArrowException) as error:
@@ -91,12 +91,12 @@ def _matches(pattern: str) -> list[Path]:
     return sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
 
 
-def _read_text(path: str, name: str, fields: RecordFields) -> Iterator[Document]:
-    data = Path(path).read_bytes()
+def _read_text(path: Path, name: str, fields: RecordFields) -> Iterator[Document]:
+    data = path.read_bytes()
     yield Document(_decode(data, name, 0), None, name)
 
 
-def _read_lines(path: str, name: str, fields: RecordFields) -> Iterator[Document]:
+def _read_lines(path: Path, name: str, fields: RecordFields) -> Iterator[Document]:
     offset = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -118,7 +118,7 @@ def _read_lines(path: str, name: str, fields: RecordFields) -> Iterator[Document
             yield fields.document(record, place)
 
 
-def _read_parquet(path: str, name: str, fields: RecordFields) -> Iterator[Document]:
+def _read_parquet(path: Path, name: str, fields: RecordFields) -> Iterator[Document]:
     # A buffered reader without read-ahead holds pages, not row groups.
     with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
         names: list[str] = file.schema_arrow.names
@@ -156,7 +156,7 @@ def _decode(data: bytes, name: str, offset: int) -> str:
         ) from error
 
 
-_READERS: dict[str, Callable[[str, str, RecordFields], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, str, RecordFields], Iterator[Document]]] = {
     ".jsonl": _read_lines,
     ".ndjson": _read_lines,
     ".json": _read_lines,

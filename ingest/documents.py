@@ -45,7 +45,8 @@ class RecordFields:
     """Which members of a record are what.
 
     Attributes:
-        text_column: the member that holds the text; ``token_ids`` may stand in its place.
+        text_column: the member that holds the text; ``token_ids`` may stand in its place,
+            and is chosen where both are there by naming it here.
         columns: members to keep, or None for all but those two.
     """
 
@@ -55,7 +56,7 @@ class RecordFields:
     def document(self, record: Mapping[Any, Any], source: str) -> Document:
         """Make a document of a record.
 
-        A text that is None is an empty one. A column named like one of the store's own
+        Where the text or the ids are None, the document is empty. A column named like one of the store's own
         (``document``, ``source``, ``n_tokens``) is kept with an underscore after its name.
 
         Raises:
@@ -63,16 +64,20 @@ class RecordFields:
                 wrong type, or column names that cannot be told apart.
         """
         self.require_content(record.keys(), source)
-        text = record.get(self.text_column)
-        ids = record.get(TOKEN_COLUMN) if self.text_column != TOKEN_COLUMN else None
+        by_ids = self.text_column == TOKEN_COLUMN
+        text = None if by_ids else record.get(self.text_column)
+        ids = record.get(TOKEN_COLUMN)
         if text is not None and ids is not None:
             raise invalid_corpus(
-                f"{source} has both {self.text_column!r} and {TOKEN_COLUMN!r}. Keep one of them."
+                f"{source} has both {self.text_column!r} and {TOKEN_COLUMN!r}. Keep one of them, "
+                f"or choose the ids with text_column={TOKEN_COLUMN!r}."
             )
         if text is not None and not isinstance(text, str):
             raise invalid_corpus(
                 f"{source} has a {type(text).__name__} as {self.text_column!r}; it must be text."
             )
+        if ids is None and (by_ids or self.text_column not in record):
+            ids = []
         return Document(
             text=(text or "") if ids is None else None,
             token_ids=None if ids is None else as_token_ids(ids, source),

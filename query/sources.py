@@ -143,7 +143,7 @@ class Sources:
             changed = False
             for recipe in usable:
                 for layer in self._layers(recipe.target):
-                    places = self._inputs(recipe, layer)
+                    places = self.inputs_of(recipe, layer)
                     if any(place not in best for place in places):
                         continue
                     # Depth, not the sum: chains share their steps.
@@ -157,7 +157,8 @@ class Sources:
     def _layers(self, location: ActivationLocationType) -> Sequence[int | None]:
         return range(self.n_layers) if location.has_layers else (None,)
 
-    def _inputs(self, recipe: Recipe, layer: int | None) -> list[Place]:
+    def inputs_of(self, recipe: Recipe, layer: int | None) -> list[Place]:
+        """The places that a recipe needs for its target at ``layer``."""
         places = [source.place(layer, self.n_layers) for source in recipe.inputs]
         return [(of, at) for of, at in places if isinstance(of, ActivationLocationType)]
 
@@ -184,7 +185,7 @@ class Sources:
             if recipe is None:
                 found[place[0].label] = None
                 continue
-            inputs = self._inputs(recipe, place[1])
+            inputs = self.inputs_of(recipe, place[1])
             if not inputs:
                 found["token_id"] = None
             waiting += inputs
@@ -205,11 +206,11 @@ class Sources:
 
     def describe_scalar(self, declared: DerivedScalar) -> str:
         """Where a derived scalar's values come from, for people."""
-        inputs = dict.fromkeys(self._scalar_inputs(declared))
-        notes = [f"{of}: {self.describe(of, pass_type)}" for of, pass_type in inputs]
         if declared.raw_source is not None:
             return self.describe(declared.raw_source.location, declared.raw_source.pass_type)
-        return f"derived from {'; '.join(notes)}"
+        inputs = dict.fromkeys(self._scalar_inputs(declared))
+        notes = [f"{of} ({self.describe(of, pass_type)})" for of, pass_type in inputs]
+        return f"derived from {', '.join(notes)}"
 
     def _scalar_inputs(
         self, declared: DerivedScalar
@@ -319,7 +320,7 @@ class SequenceValues:
                 if recipe is None
                 else [
                     (name, PassType.FORWARD, number)
-                    for name, number in self._sources._inputs(recipe, at)
+                    for name, number in self._sources.inputs_of(recipe, at)
                 ]
             )
             missing = [needed for needed in inputs if needed not in held]
@@ -331,18 +332,21 @@ class SequenceValues:
                 if recipe is None
                 else self._follow(recipe, [held[needed] for needed in inputs], at)
             )
-            self._forget_below(at)
+            self._forget(of, at)
             held[place] = value
             waiting.pop()
         return held[location, pass_type, layer]
 
-    def _forget_below(self, layer: int | None) -> None:
-        if layer is None:
-            return
+    def _forget(self, location: ActivationLocationType, layer: int | None) -> None:
+        """Drop what a step at ``layer`` leaves behind: all other layers but its residual."""
         residual = ActivationLocationType.RESID_POST_MLP
         for place in list(self._held):
             of, _, at = place
-            if at is not None and (at < layer - 1 or (at == layer - 1 and of is not residual)):
+            if at is None or layer is None or at == layer:
+                continue
+            # A residual is an input of the layer above, whose values stay.
+            above = location is residual and at == layer + 1
+            if not above and not (of is residual and at == layer - 1):
                 del self._held[place]
 
     def _follow(self, recipe: Recipe, inputs: "list[Tensor]", layer: int | None) -> "Tensor":

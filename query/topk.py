@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from actstore.query.bounds import derived_value
-from actstore.query.derived import DerivedScalar, Identity, ScaledBy, scalar
+from actstore.query.derived import DerivedScalar, scalar
 from actstore.query.ranking import Candidates, Grouping, Ranking
 from actstore.query.results import Certificate, TopK
 from actstore.query.search import (
@@ -27,7 +27,7 @@ from actstore.query.search import (
 from actstore.query.selection import RowSelection, UnitSelection
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.layout import PAGE_ROWS
-from actstore.store.vocabulary import Dimension
+from actstore.store.vocabulary import ActivationLocationType, Dimension
 
 if TYPE_CHECKING:
     from actstore.query.session import Store
@@ -195,12 +195,12 @@ def _search(
 
 def scaled_array(store: "Store", declared: DerivedScalar) -> ScaledArray | None:
     """The scalar as a zone-mapped array times coefficients, if it is one that is stored."""
-    if not isinstance(declared.dependence, Identity | ScaledBy):
-        return None
     source = declared.raw_source
-    if source is None or (source.location, source.pass_type) not in store.reader.arrays:
+    if source is None or not isinstance(source.of, ActivationLocationType):
         return None
-    array = store.reader.array(source.location, source.pass_type)
+    if (source.of, source.pass_type) not in store.reader.arrays:
+        return None
+    array = store.reader.array(source.of, source.pass_type)
     if not array.spec.has_zones:
         return None
     return ScaledArray(
@@ -224,15 +224,14 @@ def _windows(
             kind=ErrorKind.TOO_LARGE,
         )
     source = declared.raw_source
-    direct = (
-        isinstance(declared.dependence, Identity | ScaledBy)
-        and source is not None
-        and (source.location, source.pass_type) in reader.arrays
-        and not source.location.is_pair_shaped
-    )
-    if direct:
-        assert source is not None
-        array = reader.array(source.location, source.pass_type)
+    place = source.of if source is not None else None
+    if (
+        source is not None
+        and isinstance(place, ActivationLocationType)
+        and (place, source.pass_type) in reader.arrays
+        and not place.is_pair_shaped
+    ):
+        array = reader.array(place, source.pass_type)
         step = max(1, _WINDOW_CELLS // units.columns // PAGE_ROWS) * PAGE_ROWS
 
         def stored() -> Iterator[Window]:

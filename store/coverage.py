@@ -16,7 +16,7 @@ from crc32c import crc32c
 from actstore.store.commits import CommitRecord
 from actstore.store.records import canonical_json
 
-__all__ = ["CoveredRecord", "Coverage"]
+__all__ = ["Coverage", "CoveredRecord"]
 
 
 class CoveredRecord(NamedTuple):

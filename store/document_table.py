@@ -112,16 +112,20 @@ class DocumentRows:
         """
         file = Spool(self._folder)
         schema = summary.schema
-        with parquet.ParquetWriter(file, schema, compression="zstd", version="2.6") as writer:
-            rows: list[dict[str, Any]] = []
-            for offset, (source, n_tokens, columns) in enumerate(self._rows(first)):
-                own = {"document": number + offset, "source": source, "n_tokens": n_tokens}
-                rows.append({**own, **columns})
-                if len(rows) == _ROW_GROUP:
+        try:
+            with parquet.ParquetWriter(file, schema, compression="zstd", version="2.6") as writer:
+                rows: list[dict[str, Any]] = []
+                for offset, (source, n_tokens, columns) in enumerate(self._rows(first)):
+                    own = {"document": number + offset, "source": source, "n_tokens": n_tokens}
+                    rows.append({**own, **columns})
+                    if len(rows) == _ROW_GROUP:
+                        writer.write_table(_table(rows, schema))
+                        rows = []
+                if rows:
                     writer.write_table(_table(rows, schema))
-                    rows = []
-            if rows:
-                writer.write_table(_table(rows, schema))
+        except BaseException:
+            file.close()
+            raise
         return file
 
     def close(self) -> None:

@@ -246,7 +246,8 @@ def _difference(chain: _Chain) -> str:
         return f"its shuffle is {chain.plans[0].config.shuffle}"
     if chain.alive:
         return "this one goes on where it ends, but a shuffled plan cannot be continued"
-    return f"sequence {chain.common} differs, those before it agree"
+    agreeing = f"the first {chain.common} sequences agree, " if chain.common else ""
+    return f"{agreeing}sequence {chain.common} or its document's columns differ"
 
 
 def _write_plan(

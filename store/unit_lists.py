@@ -98,30 +98,38 @@ class ListMerger:
         best = edge_key.argmax(axis=1)
         units = np.arange(len(keys))
         # Of equal keys argmax finds the earliest segment, and so the first row.
-        self._lower_edge(edge_key[units, best], rows[units, best, -1], has_more.any(axis=1))
+        self._note_edge(edge_key[units, best], rows[units, best, -1], has_more.any(axis=1))
         self._merge(upward.reshape(len(keys), -1), rows.reshape(len(keys), -1))
 
-    def add_lists(self, lists: UnitLists) -> None:
-        """Merge lists that were merged before; their last proven entry is their edge."""
-        upward = self._upward(lists.keys)
-        units = np.arange(len(upward))
-        last = np.maximum(lists.proven - 1, 0)
-        open_ended = ~lists.complete
-        if upward.shape[1]:
-            self._lower_edge(upward[units, last], lists.rows[units, last], open_ended)
-        self._merge(upward, lists.rows)
+    def add_lists(self, *parts: UnitLists) -> None:
+        """Merge lists that were merged before, over disjoint groups of rows in any order.
+
+        The last proven entry of such a list is its edge.
+        """
+        for part in parts:
+            if part.keys.shape[1]:
+                last = np.maximum(part.proven - 1, 0)
+                units = np.arange(len(last))
+                key = self._upward(part.keys)[units, last]
+                self._note_edge(key, part.rows[units, last], ~part.complete)
+        keys = np.concatenate([self._upward(part.keys) for part in parts], axis=1)
+        rows = np.concatenate([part.rows for part in parts], axis=1)
+        order = np.argsort(rows, axis=1, kind="stable")
+        self._merge(
+            np.take_along_axis(keys, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        )
 
     def _upward(self, keys: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return keys if self._tail == "top" else ~keys
 
-    def _lower_edge(
+    def _note_edge(
         self,
         key: npt.NDArray[Any],
         row: npt.NDArray[np.int64],
         has_edge: npt.NDArray[np.bool_],
     ) -> None:
         earlier = (key > self._edge_key) | ((key == self._edge_key) & (row < self._edge_row))
-        replaced = has_edge & (earlier | ~self._has_edge)
+        replaced = has_edge & earlier
         self._edge_key = np.where(replaced, key, self._edge_key)
         self._edge_row = np.where(replaced, row, self._edge_row)
         self._has_edge |= has_edge
@@ -171,14 +179,6 @@ def join_lists(parts: list[UnitLists], dtype: StoredDtype, tail: Tail) -> UnitLi
     """
     if len(parts) == 1:
         return parts[0]
-    keys = np.concatenate([part.keys for part in parts], axis=1)
-    rows = np.concatenate([part.rows for part in parts], axis=1)
-    order = np.argsort(rows, axis=1, kind="stable")
-    merger = ListMerger(len(keys), dtype, tail, LIST_DEPTH)
-    for part in parts:
-        empty = UnitLists(part.keys, part.rows, part.proven, part.complete)
-        merger.lower_edge_of(empty)
-    merger.merge_sorted(
-        np.take_along_axis(keys, order, axis=1), np.take_along_axis(rows, order, axis=1)
-    )
+    merger = ListMerger(len(parts[0].keys), dtype, tail, LIST_DEPTH)
+    merger.add_lists(*parts)
     return merger.lists

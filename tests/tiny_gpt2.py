@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 SIZES: dict[str, Any] = {
@@ -31,4 +32,5 @@ def tiny_gpt2(
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = ".ln_" in name and name.endswith("weight")
             parameter.copy_(1 + 0.2 * noise if is_gain else 0.3 * noise)
-    return model.to(dtype).eval()
+    converted: GPT2LMHeadModel = nn.Module.to(model, dtype).eval()
+    return converted

@@ -1,0 +1,175 @@
+"""What a store holds, in numbers and for people."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from actstore.query.sources import Sources
+from actstore.store.reader import StoreReader
+from actstore.store.selfcheck import read_selfchecks
+from actstore.store.vocabulary import ActivationLocationType, PassType
+
+__all__ = ["LocationInfo", "StoreInfo", "list_locations", "summarise"]
+
+
+@dataclass(frozen=True)
+class LocationInfo:
+    """Where the values of one location come from.
+
+    Attributes:
+        name: the location; ``<location>/backward`` for its gradient.
+        kind: ``stored``, ``reconstructed`` or ``needs a model``.
+        source: the same with dtype or inputs, for people.
+        axes: axes after ``layer`` and ``token``.
+        meaning: one line.
+        dtype: of the stored values; None unless stored.
+        retention: ``raw``, ``index`` or ``none``.
+        bytes: committed shard bytes.
+        segments: committed segments.
+        measured_error: worst difference of a row from an independent forward pass, relative
+            to the row's largest magnitude; None before a self-check.
+    """
+
+    name: str
+    kind: str
+    source: str
+    axes: tuple[str, ...]
+    meaning: str
+    dtype: str | None
+    retention: str
+    bytes: int
+    segments: int
+    measured_error: float | None
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store holds.
+
+    Attributes:
+        path: the store's directory.
+        id: hash of model and config.
+        model: the model's name.
+        architecture: its family.
+        layers: its blocks.
+        tokens, tokens_planned: committed and planned token rows.
+        sequences, documents: committed sequences, and documents with one at least.
+        segments_committed, segments_planned: units of commit.
+        segment_rows: rows of a segment.
+        missing: ranges (first, last) of planned segments that are not committed.
+        coverage: set -> committed segments.
+        locations: the stored ones, by name.
+    """
+
+    path: str
+    id: str
+    model: str
+    architecture: str
+    layers: int
+    tokens: int
+    tokens_planned: int
+    sequences: int
+    documents: int
+    segments_committed: int
+    segments_planned: int
+    segment_rows: int
+    missing: tuple[tuple[int, int], ...]
+    coverage: Mapping[str, int]
+    locations: Mapping[str, LocationInfo]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every planned segment is committed."""
+        return not self.missing
+
+    def to_json(self) -> dict[str, Any]:
+        """The members as JSON values."""
+        return asdict(self)
+
+
+def list_locations(reader: StoreReader, sources: Sources) -> dict[str, LocationInfo]:
+    """Every forward location in the order of the forward pass, then stored gradients."""
+    errors = read_selfchecks(reader.blobs)
+    retention = {
+        label: kept for record in reader.sets.values() for label, kept in record.retention.items()
+    }
+    gradients = [location for location, pass_type in reader.arrays if pass_type is PassType.BACKWARD]
+    return {
+        entry.name: entry
+        for pass_type, locations in (
+            (PassType.FORWARD, list(ActivationLocationType)),
+            (PassType.BACKWARD, gradients),
+        )
+        for location in locations
+        for entry in [_describe(reader, sources, location, pass_type, retention, errors)]
+    }
+
+
+def _describe(
+    reader: StoreReader,
+    sources: Sources,
+    location: ActivationLocationType,
+    pass_type: PassType,
+    retention: Mapping[str, str],
+    errors: Mapping[str, float],
+) -> LocationInfo:
+    array = reader.arrays.get((location, pass_type))
+    forward = pass_type is PassType.FORWARD
+    size = 0
+    if array is not None:
+        size = sum(
+            array.spec.shard_bytes(shard, array.rows_of(segment))
+            for segment in array.segments
+            for shard in range(array.spec.shards)
+        )
+    return LocationInfo(
+        name=location.label if forward else f"{location}/{pass_type}",
+        kind=sources.kind(location, pass_type),
+        source=sources.describe(location, pass_type),
+        axes=tuple(str(axis) for axis in location.axes),
+        meaning=location.meaning,
+        dtype=array.spec.dtype.value if array is not None else None,
+        retention=retention.get(location.label, "none") if array is None or forward else "raw",
+        bytes=size,
+        segments=len(array.segments) if array is not None else 0,
+        measured_error=errors.get(location.label) if forward else None,
+    )
+
+
+def summarise(reader: StoreReader, sources: Sources) -> StoreInfo:
+    """Count what is committed and what is planned."""
+    manifest = reader.manifest
+    committed = set(reader.segments)
+    plans = [reader.segment(segment) for segment in reader.segments]
+    return StoreInfo(
+        path=str(reader.root),
+        id=manifest.id,
+        model=str(manifest.model["name"]),
+        architecture=sources.model.architecture.name,
+        layers=sources.n_layers,
+        tokens=sum(record.rows for record in reader.commits.get("base", {}).values()),
+        tokens_planned=sum(plan.counts.tokens for plan in reader.plans),
+        sequences=sum(plan.n_sequences for plan in plans),
+        documents=len({document for plan in plans for document in plan.document.tolist()}),
+        segments_committed=len(committed),
+        segments_planned=reader.planned_segments,
+        segment_rows=reader.segment_rows,
+        missing=_ranges(n for n in range(reader.planned_segments) if n not in committed),
+        coverage={name: len(commits) for name, commits in reader.commits.items()},
+        locations={
+            name: entry
+            for name, entry in list_locations(reader, sources).items()
+            if entry.kind == "stored"
+        },
+    )
+
+
+def _ranges(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Consecutive numbers as (first, last)."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return tuple(ranges)

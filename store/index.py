@@ -1,0 +1,173 @@
+"""Lists, bounds and statistics of every unit, wherever they are kept.
+
+:class:`UnitIndex` joins the compacted file of an array with a fold of the segments that
+it does not cover, so its readers see every committed segment and need not know which.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.store.index_file import ByteCache, Units, array_coverage, newest_index_file
+from actstore.store.index_fold import LayerIndex, fold_layer
+from actstore.store.layout import ArraySpec
+from actstore.store.reader import StoredArray, StoreReader
+from actstore.store.statistics import UnitStatistics, merge_moments
+from actstore.store.unit_lists import Tail, UnitLists, join_lists
+
+__all__ = ["SegmentBounds", "UnitIndex", "open_unit_index"]
+
+
+@dataclass(frozen=True)
+class SegmentBounds:
+    """The extremes of some units in every segment, as ordered keys.
+
+    Attributes:
+        segments: ascending segment numbers.
+        maximum, minimum: over ordinary rows, ``(unit, segment)``; a maximum below its
+            minimum means that there is no value.
+        special_maximum, special_minimum: over special rows, alike.
+    """
+
+    segments: list[int]
+    maximum: npt.NDArray[np.signedinteger]
+    minimum: npt.NDArray[np.signedinteger]
+    special_maximum: npt.NDArray[np.signedinteger]
+    special_minimum: npt.NDArray[np.signedinteger]
+
+
+class _Source(Protocol):
+    """Where the numbers of some segments come from."""
+
+    segments: list[int]
+
+    def lists(self, layer: int, tail: Tail, units: Units | None) -> UnitLists: ...
+
+    def bounds(self, layer: int, units: Units | None) -> npt.NDArray[np.signedinteger]: ...
+
+    def moments(self, layer: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]: ...
+
+
+class UnitIndex:
+    """Lists, bounds and statistics of every unit of an array over the committed segments.
+
+    Args:
+        spec: the array.
+        sources: parts that cover disjoint segments.
+
+    Attributes:
+        segments: covered segments, ascending.
+    """
+
+    def __init__(self, spec: ArraySpec, sources: list[_Source]) -> None:
+        self.spec = spec
+        self._sources = sources
+        numbers = [segment for source in sources for segment in source.segments]
+        self._order = np.argsort(np.array(numbers, np.int64), kind="stable")
+        self.segments = sorted(numbers)
+
+    def layer_lists(self, layer: int, tail: Tail, units: Units | None = None) -> UnitLists:
+        """Merged lists of a layer's units.
+
+        Args:
+            layer: the layer.
+            tail: ``top`` or ``low``.
+            units: which units, in the order wanted; all by default.
+
+        Raises:
+            StoreDamaged: a block of an index or zone file fails its checksum.
+        """
+        parts = [source.lists(layer, tail, units) for source in self._sources]
+        if not parts:
+            count = self.spec.columns if units is None else len(units)
+            parts = [_no_lists(self.spec, count)]
+        return join_lists(parts, self.spec.dtype, tail)
+
+    def segment_bounds(self, layer: int, units: Units | None = None) -> SegmentBounds:
+        """Extremes of a layer's units in every segment.
+
+        Args:
+            layer: the layer.
+            units: which units, in the order wanted; all by default.
+
+        Raises:
+            StoreDamaged: a block of an index or zone file fails its checksum.
+        """
+        count = self.spec.columns if units is None else len(units)
+        parts = [source.bounds(layer, units) for source in self._sources]
+        empty = np.empty((count, 4, 0), self.spec.dtype.keys)
+        bounds = np.concatenate([empty, *parts], axis=2)[:, :, self._order]
+        return SegmentBounds(self.segments, *(bounds[:, number] for number in range(4)))
+
+    def statistics(self, layer: int) -> UnitStatistics:
+        """Counts and moments of every unit of a layer over ordinary rows.
+
+        Raises:
+            StoreDamaged: a block of an index or zone file fails its checksum.
+        """
+        moments = np.zeros((self.spec.columns, 4))
+        counts = np.zeros((self.spec.columns, 3), np.int64)
+        for source in self._sources:
+            part, part_counts = source.moments(layer)
+            moments, _ = merge_moments(
+                moments,
+                counts[:, 0].astype(np.float64),
+                part,
+                part_counts[:, 0].astype(np.float64),
+            )
+            counts = counts + part_counts
+        return UnitStatistics.from_moments(moments, counts)
+
+
+def open_unit_index(reader: StoreReader, array: StoredArray) -> UnitIndex:
+    """The index of an array over the segments that the reader sees.
+
+    The compacted file that covers most of them is used; the rest is folded from zone
+    files when it is asked for.
+
+    Raises:
+        StoreDamaged: the compacted file is malformed.
+    """
+    file = newest_index_file(reader.root, array.spec, array_coverage(reader, array))
+    covered = set(file.segments) if file else set()
+    rest = [segment for segment in array.segments if segment not in covered]
+    sources: list[_Source] = [file] if file else []
+    if rest:
+        sources.append(_Fold(array, rest))
+    return UnitIndex(array.spec, sources)
+
+
+class _Fold:
+    """Segments that no compacted file covers, folded when a layer is asked for."""
+
+    def __init__(self, array: StoredArray, segments: list[int]) -> None:
+        self._array = array
+        self.segments = segments
+        self._cache = ByteCache()
+
+    def lists(self, layer: int, tail: Tail, units: Units | None) -> UnitLists:
+        index = self._layer(layer)
+        lists = index.top if tail == "top" else index.low
+        return lists if units is None else lists.take(units)
+
+    def bounds(self, layer: int, units: Units | None) -> npt.NDArray[np.signedinteger]:
+        bounds = self._layer(layer).bounds
+        return bounds if units is None else bounds[units]
+
+    def moments(self, layer: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        index = self._layer(layer)
+        return index.moments, index.counts
+
+    def _layer(self, layer: int) -> LayerIndex:
+        return self._cache.get(str(layer), lambda: fold_layer(self._array, self.segments, layer))
+
+
+def _no_lists(spec: ArraySpec, units: int) -> UnitLists:
+    return UnitLists(
+        np.empty((units, 0), spec.dtype.keys),
+        np.empty((units, 0), np.int64),
+        np.zeros(units, np.int64),
+        np.ones(units, bool),
+    )

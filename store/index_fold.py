@@ -1,0 +1,100 @@
+"""Folding the segments' zone files into one summary per unit, a layer at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from actstore.store.reader import StoredArray
+from actstore.store.statistics import merge_moments
+from actstore.store.unit_lists import LIST_DEPTH, TAILS, ListMerger, UnitLists
+from actstore.store.zones import LIST_LENGTH
+
+__all__ = ["LayerIndex", "fold_layer", "list_depth"]
+
+_GROUP = 64
+"""Segments whose lists are merged at once: bounds the memory, whatever the corpus."""
+
+
+@dataclass(frozen=True)
+class LayerIndex:
+    """What the zone files of some segments say about the units of one layer.
+
+    Attributes:
+        top: the greatest values.
+        low: the least values.
+        bounds: keys ``(unit, 4, segment)``: max and min over ordinary, then special rows.
+        moments: float64 ``(unit, 4)``: mean, M2, M3, M4 over ordinary rows.
+        counts: int64 ``(unit, 3)``: ordinary values without NaN, those above 0, NaN.
+    """
+
+    top: UnitLists
+    low: UnitLists
+    bounds: npt.NDArray[np.signedinteger]
+    moments: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        lists = sum(part.keys.nbytes + part.rows.nbytes for part in (self.top, self.low))
+        return lists + self.bounds.nbytes + self.moments.nbytes + self.counts.nbytes
+
+
+def list_depth(segments: int) -> int:
+    """Entries that the merged lists of so many segments can have."""
+    return min(LIST_DEPTH, LIST_LENGTH * segments)
+
+
+def fold_layer(
+    array: StoredArray,
+    segments: Sequence[int],
+    layer: int,
+    beginning: LayerIndex | None = None,
+) -> LayerIndex:
+    """Fold one layer of some segments; reads their zone files alone.
+
+    Args:
+        array: an array with zone maps.
+        segments: ascending segment numbers.
+        layer: the layer.
+        beginning: the fold of all segments before these; the result is the same, bit by
+            bit, as that of folding everything anew.
+
+    Raises:
+        StoreDamaged: a zone file is missing or fails a checksum.
+    """
+    spec = array.spec
+    units = spec.columns
+    before = 0 if beginning is None else beginning.bounds.shape[2]
+    depth = list_depth(before + len(segments))
+    mergers = {tail: ListMerger(units, spec.dtype, tail, depth) for tail in TAILS}
+    moments, counts = np.zeros((units, 4)), np.zeros((units, 3), np.int64)
+    bounds = np.empty((units, 4, before + len(segments)), spec.dtype.keys)
+    if beginning is not None:
+        mergers["top"].add_lists(beginning.top)
+        mergers["low"].add_lists(beginning.low)
+        moments, counts = beginning.moments, beginning.counts
+        bounds[:, :, :before] = beginning.bounds
+    for start in range(0, len(segments), _GROUP):
+        group = segments[start : start + _GROUP]
+        files = [array.zones(segment) for segment in group]
+        first = np.array(group, np.int64)[None, :, None] * spec.segment_rows
+        group_counts = np.stack([file.row("counts", layer) for file in files])
+        has_more = (group_counts[:, :, 0] > LIST_LENGTH).T
+        for tail, merger in mergers.items():
+            keys = np.stack([file.row(f"{tail}_key", layer) for file in files], axis=1)
+            rows = np.stack([file.row(f"{tail}_row", layer) for file in files], axis=1)
+            merger.add(keys, rows + first, has_more)
+        for number, file in enumerate(files):
+            bounds[:, :, before + start + number] = file.row("segment", layer)
+            part = group_counts[number].astype(np.int64)
+            moments, _ = merge_moments(
+                moments,
+                counts[:, 0].astype(np.float64),
+                file.row("moments", layer),
+                part[:, 0].astype(np.float64),
+            )
+            counts = counts + part
+    return LayerIndex(mergers["top"].lists, mergers["low"].lists, bounds, moments, counts)

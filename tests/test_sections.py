@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actstore.store.blobs import LocalBlobs
+from actstore.store.errors import StoreDamaged
+from actstore.store.records import decode_record, encode_record
+from actstore.store.sections import BLOCK, SectionFile, encode_sections
+
+
+def write(path: Path, **arrays: np.ndarray) -> Path:
+    path.write_bytes(b"".join(bytes(part) for part in encode_sections(arrays, {"note": "x"})))
+    return path
+
+
+def test_slices_equal_the_array(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 2**31, (7, 33, 65), dtype=np.int64)
+    small = np.arange(3, dtype=np.uint16)
+    file = SectionFile(write(tmp_path / "a", table=table, empty=table[:0], small=small), "a")
+    assert file.attributes == {"note": "x"}
+    assert sorted(file.names) == ["empty", "small", "table"]
+    np.testing.assert_array_equal(file.read("table"), table)
+    np.testing.assert_array_equal(file.row("table", 3), table[3])
+    np.testing.assert_array_equal(file.row("table", 6, 32), table[6, 32])
+    np.testing.assert_array_equal(file.slice("table", 1000, 5000), table.reshape(-1)[1000:5000])
+    np.testing.assert_array_equal(file.read("small"), small)
+    assert file.read("empty").shape == (0, 33, 65)
+    assert file.verify() == (tmp_path / "a").stat().st_size
+
+
+@given(st.data())
+def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = write(
+        tmp_path_factory.mktemp("flip") / "a", one=np.arange(1500, dtype="<i4"), two=np.ones(3)
+    )
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with pytest.raises(StoreDamaged):
+        SectionFile(path, "a").verify()
+
+
+def test_a_read_checks_the_blocks_it_touches_and_only_those(tmp_path: Path) -> None:
+    values = np.arange(4 * BLOCK, dtype=np.uint8)
+    path = write(tmp_path / "a", values=values)
+    content = bytearray(path.read_bytes())
+    content[2 * BLOCK + 5] ^= 1
+    path.write_bytes(content)
+    file = SectionFile(path, "a")
+    np.testing.assert_array_equal(file.slice("values", 0, 2 * BLOCK), values[: 2 * BLOCK])
+    with pytest.raises(StoreDamaged, match="block 2"):
+        file.slice("values", 2 * BLOCK - 1, 2 * BLOCK + 1)
+
+
+@pytest.mark.parametrize("keep", [0, 5, BLOCK, BLOCK + 10])
+def test_a_truncated_file_is_damaged(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path / "a", values=np.arange(5000))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(StoreDamaged):
+        SectionFile(path, "a")
+
+
+def test_a_missing_file_is_damage(tmp_path: Path) -> None:
+    with pytest.raises(StoreDamaged, match="b is missing"):
+        SectionFile(tmp_path / "b", "b")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=5
+)
+
+
+@given(st.dictionaries(st.text().filter(lambda key: key != "crc32c"), json_values, max_size=4))
+def test_records_round_trip_and_no_bit_is_free(fields: dict[str, object]) -> None:
+    data = encode_record(fields)
+    assert decode_record(data, "r") == fields
+    for place in range(0, len(data), max(1, len(data) // 16)):
+        flipped = bytearray(data)
+        flipped[place] ^= 4
+        with pytest.raises(StoreDamaged):
+            decode_record(bytes(flipped), "r")
+
+
+def test_publishing_keeps_what_is_there(tmp_path: Path) -> None:
+    blobs = LocalBlobs(tmp_path / "store")
+    assert blobs.publish("a/b", [b"one", memoryview(b"two")])
+    assert not blobs.publish("a/b", [b"three"])
+    assert blobs.read("a/b") == b"onetwo"
+    assert list(blobs.keys()) == ["a/b"]
+
+
+def test_sweeping_leaves_live_and_foreign_writers_alone(tmp_path: Path) -> None:
+    from actstore.store.blobs import writer_id
+
+    blobs = LocalBlobs(tmp_path)
+    machine, _ = writer_id().split("-")
+    # The kernel never hands out this process number.
+    names = {
+        "dead": f"x.partial-{machine}-99999999-u",
+        "live": f"x.partial-{writer_id()}-u",
+        "foreign": "x.partial-00000000-99999999-u",
+    }
+    for name in names.values():
+        (tmp_path / name).write_bytes(b"")
+    assert blobs.sweep() == [names["dead"]]
+    assert set(blobs.keys()) == {names["live"], names["foreign"]}
