@@ -19,7 +19,7 @@ from actstore.store.errors import ErrorKind, InvalidInput
 
 __all__ = ["find_files", "names_files", "read_files"]
 
-PARQUET_ROWS = 256
+PARQUET_ROWS = 128
 """Rows of a Parquet file in memory at once."""
 
 _BOM = b"\xef\xbb\xbf"

@@ -153,6 +153,7 @@ def _from_files(
             source,
             **options,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that the report names them
             dtype=wanted or "auto",
             output_loading_info=True,
         )

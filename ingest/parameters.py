@@ -1,13 +1,13 @@
 """A model's parameters, from torch to the bytes that the store keeps.
 
-The snapshot holds the parameters that ran, exactly, in the narrowest dtype that does
-so: a float16 or bfloat16 checkpoint that ran upcast to float32 is stored as it was
-published, at half the size, and a float32 checkpoint that ran in float16 is stored as
-float16. So the fingerprint does not depend on the dtype that a checkpoint ran in, as
-long as that dtype holds it.
+The snapshot holds the parameters that ran, exactly, in the first of bfloat16, float16,
+float32 and float64 that can: a half-precision checkpoint that ran upcast to float32 is
+stored at half the size, and a float32 checkpoint that was rounded to float16 for the
+run is stored as it ran. So the fingerprint follows from the values alone, whatever
+dtype held them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -28,7 +28,8 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_NARROWEST_FIRST = (torch.float16, torch.bfloat16, torch.float32)
+# Values of a bfloat16 checkpoint often fit float16 too; the other way round hardly ever.
+_PREFERRED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -45,8 +46,8 @@ def encode_parameters(
         state: name -> tensor; names that share one tensor are stored once.
 
     Returns:
-        The parameters, which read the tensors when written, and the dtype that the
-        floating-point ones are stored in (the widest, where they differ).
+        The parameters, which read the tensors when written, and the one dtype that the
+        floating-point ones are stored in.
 
     Raises:
         InvalidInput: a tensor has a dtype that cannot be stored.
@@ -61,31 +62,28 @@ def encode_parameters(
         if owner != name:
             tied[name] = owner
     kept = {name: tensor for name, tensor in state.items() if name not in tied}
-    target = _exact_dtype(kept)
-    stored = {name: _stored_as(tensor, target) for name, tensor in kept.items()}
+    floating = _exact_dtype([one for one in kept.values() if one.is_floating_point()])
+    stored = {
+        name: floating if tensor.is_floating_point() else tensor.dtype
+        for name, tensor in kept.items()
+    }
     parameters = {
         name: Parameter(_CODES[stored[name]], tuple(tensor.shape), _reader(tensor, stored[name]))
         for name, tensor in kept.items()
     }
-    floating = [dtype for dtype in stored.values() if dtype.is_floating_point]
-    widest = max(floating, key=lambda dtype: dtype.itemsize)
-    return EncodedParameters(parameters, tied), widest
+    return EncodedParameters(parameters, tied), floating
 
 
-def _exact_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype | None:
-    for dtype in _NARROWEST_FIRST:
-        wider = [tensor for tensor in tensors.values() if _is_wider(tensor, dtype)]
-        if wider and all(torch.equal(one.to(dtype).to(one.dtype), one) for one in wider):
+def _exact_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    for dtype in _PREFERRED:
+        if all(one.dtype == dtype or _holds(dtype, one) for one in tensors):
             return dtype
-    return None
+    # Only NaN equals nothing; a payload survives in the widest dtype alone.
+    return max((one.dtype for one in tensors), key=lambda dtype: dtype.itemsize)
 
 
-def _is_wider(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    return tensor.dtype.is_floating_point and tensor.dtype.itemsize > dtype.itemsize
-
-
-def _stored_as(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and _is_wider(tensor, dtype) else tensor.dtype
+def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def _reader(tensor: torch.Tensor, dtype: torch.dtype) -> Callable[[], memoryview]:

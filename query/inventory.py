@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from actstore.query.rows import RowMap
 from actstore.query.sources import Sources
 from actstore.store.reader import StoreReader
 from actstore.store.selfcheck import read_selfchecks
@@ -93,7 +94,9 @@ def list_locations(reader: StoreReader, sources: Sources) -> dict[str, LocationI
     retention = {
         label: kept for record in reader.sets.values() for label, kept in record.retention.items()
     }
-    gradients = [location for location, pass_type in reader.arrays if pass_type is PassType.BACKWARD]
+    gradients = [
+        location for location, pass_type in reader.arrays if pass_type is PassType.BACKWARD
+    ]
     return {
         entry.name: entry
         for pass_type, locations in (
@@ -136,11 +139,10 @@ def _describe(
     )
 
 
-def summarise(reader: StoreReader, sources: Sources) -> StoreInfo:
+def summarise(reader: StoreReader, rows: RowMap, sources: Sources) -> StoreInfo:
     """Count what is committed and what is planned."""
     manifest = reader.manifest
     committed = set(reader.segments)
-    plans = [reader.segment(segment) for segment in reader.segments]
     return StoreInfo(
         path=str(reader.root),
         id=manifest.id,
@@ -149,8 +151,8 @@ def summarise(reader: StoreReader, sources: Sources) -> StoreInfo:
         layers=sources.n_layers,
         tokens=sum(record.rows for record in reader.commits.get("base", {}).values()),
         tokens_planned=sum(plan.counts.tokens for plan in reader.plans),
-        sequences=sum(plan.n_sequences for plan in plans),
-        documents=len({document for plan in plans for document in plan.document.tolist()}),
+        sequences=len(rows.committed_sequences),
+        documents=rows.n_committed_documents,
         segments_committed=len(committed),
         segments_planned=reader.planned_segments,
         segment_rows=reader.segment_rows,

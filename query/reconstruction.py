@@ -85,9 +85,7 @@ def _norm_scale(inputs: Sequence["Tensor"], _: Sequence["Tensor"], setting: Sett
     return _centre(inputs[0], setting)[1]
 
 
-def _normalise(
-    residual: "Tensor", gain: "Tensor", bias: "Tensor", setting: Setting
-) -> "Tensor":
+def _normalise(residual: "Tensor", gain: "Tensor", bias: "Tensor", setting: Setting) -> "Tensor":
     centred, scale = _centre(residual, setting)
     return centred / scale * gain + bias
 
@@ -120,9 +118,7 @@ def _weighted_sum(inputs: Sequence["Tensor"], _: Sequence["Tensor"], __: Setting
     return (pattern @ value).transpose(0, 1)
 
 
-def _from_heads(
-    inputs: Sequence["Tensor"], weights: Sequence["Tensor"], _: Setting
-) -> "Tensor":
+def _from_heads(inputs: Sequence["Tensor"], weights: Sequence["Tensor"], _: Setting) -> "Tensor":
     matrix, bias = weights
     return inputs[0].flatten(1) @ matrix.flatten(0, 1) + bias
 
@@ -145,12 +141,14 @@ def _into_mlp(
 def _activate(inputs: Sequence["Tensor"], _: Sequence["Tensor"], setting: Setting) -> "Tensor":
     from torch.nn import functional
 
+    values = inputs[0]
     name = setting.dimensions.activation_function
-    if name in ("gelu_new", "gelu_pytorch_tanh"):
-        return functional.gelu(inputs[0], approximate="tanh")
-    return {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu}[name](
-        inputs[0]
-    )
+    if name == "relu":
+        return values.relu()
+    if name == "silu":
+        return values.sigmoid() * values
+    approximate = "none" if name == "gelu" else "tanh"
+    return functional.gelu(values, approximate=approximate)
 
 
 def _affine(inputs: Sequence["Tensor"], weights: Sequence["Tensor"], _: Setting) -> "Tensor":
@@ -158,9 +156,7 @@ def _affine(inputs: Sequence["Tensor"], weights: Sequence["Tensor"], _: Setting)
     return inputs[0] @ matrix + bias
 
 
-def _unembed(
-    inputs: Sequence["Tensor"], weights: Sequence["Tensor"], setting: Setting
-) -> "Tensor":
+def _unembed(inputs: Sequence["Tensor"], weights: Sequence["Tensor"], setting: Setting) -> "Tensor":
     gain, norm_bias, matrix = weights
     return _normalise(inputs[0], gain, norm_bias, setting) @ matrix
 
@@ -174,9 +170,7 @@ def _same(*locations: ActivationLocationType) -> tuple[Source, ...]:
 
 
 _GPT2 = (
-    Recipe(
-        _L.RESID_POST_EMBEDDING, (), (_W.EMBEDDING, _W.POSITION_EMBEDDING), _embed
-    ),
+    Recipe(_L.RESID_POST_EMBEDDING, (), (_W.EMBEDDING, _W.POSITION_EMBEDDING), _embed),
     Recipe(_L.ATTN_INPUT_LAYER_NORM_SCALE, (_BEFORE,), (), _norm_scale),
     _projection(_L.ATTN_QUERY, _W.ATTN_TO_QUERY),
     _projection(_L.ATTN_KEY, _W.ATTN_TO_KEY),

@@ -4,9 +4,10 @@ The plans say it, so nothing is read from the catalog. Rows that no committed se
 holds are refused here, with what is missing, before a reader meets them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,10 +59,7 @@ class Rows:
         """Each sequence once, ascending, with the places of its rows among these."""
         order = np.argsort(self.sequence, kind="stable")
         numbers, starts = np.unique(self.sequence[order], return_index=True)
-        for number, places in zip(
-            numbers.tolist(), np.split(order, starts[1:]), strict=False
-        ):
-            yield number, places
+        yield from zip(numbers.tolist(), np.split(order, starts[1:]), strict=False)
 
 
 class RowMap:
@@ -69,10 +67,12 @@ class RowMap:
 
     Args:
         reader: the store.
+        max_rows: most rows that one question may name.
     """
 
-    def __init__(self, reader: StoreReader) -> None:
+    def __init__(self, reader: StoreReader, max_rows: int) -> None:
         self._reader = reader
+        self._max_rows = max_rows
         self._committed = set(reader.segments)
 
     @cached_property
@@ -95,6 +95,17 @@ class RowMap:
     def _column(self, name: str) -> npt.NDArray[np.int64]:
         parts = [plan.sequences()[name].astype(np.int64) for plan in self._reader.plans]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    @cached_property
+    def committed_sequences(self) -> npt.NDArray[np.int64]:
+        """Sequences of committed segments, ascending."""
+        segments = self._starts // self._reader.segment_rows
+        return np.flatnonzero(np.isin(segments, self._reader.segments))
+
+    @cached_property
+    def n_committed_documents(self) -> int:
+        """Documents with a committed sequence at least."""
+        return len(np.unique(self._documents[self.committed_sequences]))
 
     def sequence(self, number: int) -> SequenceRows:
         """Where a committed sequence lies.
@@ -131,6 +142,7 @@ class RowMap:
         ):
             if segment not in self._committed:
                 raise self._uncommitted(f"Sequence {number}", segment)
+        self._limit(int(length.sum()))
         position = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
         return Rows(np.repeat(first, length) + position, np.repeat(wanted, length), position)
 
@@ -142,6 +154,7 @@ class RowMap:
             Unavailable: a row's segment is not committed.
         """
         wanted = _numbers(tokens, "token")
+        self._limit(len(wanted))
         size = self._reader.segment_rows
         self._check(wanted, self._reader.planned_segments * size, "token")
         index = np.searchsorted(self._starts, wanted, side="right") - 1
@@ -161,8 +174,7 @@ class RowMap:
 
     def all(self) -> Rows:
         """Every committed row, ascending."""
-        segments = self._starts // self._reader.segment_rows
-        return self.of_sequences(np.flatnonzero(np.isin(segments, self._reader.segments)))
+        return self.of_sequences(self.committed_sequences)
 
     def groups(self, kind: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """First rows, ascending, and the labels of the groups that begin there.
@@ -176,21 +188,25 @@ class RowMap:
 
     def special(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Whether each row is special: position 0 or a special token."""
-        return self._gather(rows, "special", np.dtype(bool))
+        found: npt.NDArray[np.bool_] = self._gather(rows, lambda plan: plan.special)
+        return found
 
     def token_ids(self, rows: Rows) -> npt.NDArray[np.int64]:
         """The vocabulary's number of each row's token."""
-        return self._gather(rows, "token_ids", np.dtype(np.int64))
+        return self._gather(rows, lambda plan: plan.token_ids).astype(np.int64)
 
-    def _gather(self, rows: Rows, name: str, dtype: np.dtype[np.generic]) -> npt.NDArray[np.int64]:
-        result = np.empty(len(rows), dtype)
+    def _gather(
+        self, rows: Rows, column: Callable[[SegmentPlan], npt.NDArray[Any]]
+    ) -> npt.NDArray[Any]:
+        result: npt.NDArray[Any] = np.empty(len(rows), np.int64)
         size = self._reader.segment_rows
         segments = rows.token // size
         for segment in np.unique(segments).tolist():
+            values = column(self._reader.segment(segment))
+            result = result.astype(values.dtype, copy=False)
             chosen = segments == segment
-            plan: SegmentPlan = self._reader.segment(segment)
-            result[chosen] = getattr(plan, name)[rows.token[chosen] - segment * size]
-        return result  # type: ignore[return-value]
+            result[chosen] = values[rows.token[chosen] - segment * size]
+        return result
 
     @cached_property
     def _texts(self) -> dict[int, str]:
@@ -249,6 +265,15 @@ class RowMap:
             raise InvalidInput(
                 f"There is no {noun} {int(outside[0])}; this store has {valid}.",
                 kind=ErrorKind.UNKNOWN_ROW,
+            )
+
+    def _limit(self, count: int) -> None:
+        if count > self._max_rows:
+            raise InvalidInput(
+                f"{count:,} rows are asked for; one call returns {self._max_rows:,} at most. Ask "
+                "for fewer, go through all of them with `batches`, or open the store with a "
+                "greater `max_result_bytes`.",
+                kind=ErrorKind.TOO_LARGE,
             )
 
     def _uncommitted(self, what: str, segment: int) -> Unavailable:

@@ -45,11 +45,11 @@ class RowSelection:
     def allowed(self, segment: int, length: int) -> npt.NDArray[np.bool_]:
         """``(row,)`` mask of everything that may answer in a segment."""
         mask = self.within(segment, length)
-        return mask if self.special else mask & ~self.special_rows(segment)
+        return mask if self.special else mask & ~self.special_rows(segment)[:length]
 
     def pages(self, segment: int, length: int) -> npt.NDArray[np.bool_]:
         """``(page,)`` whether a page holds an ordinary row that may answer."""
-        mask = self.within(segment, length) & ~self.special_rows(segment)
+        mask = self.within(segment, length) & ~self.special_rows(segment)[:length]
         return np.logical_or.reduceat(mask, np.arange(0, length, PAGE_ROWS))
 
     def contains(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

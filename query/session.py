@@ -4,32 +4,28 @@ Opening reads records and plans alone. Torch is imported when a tensor is asked 
 metadata, top-k over stored arrays and SQL cost no more than they need.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from actstore.query.batches import BatchReader
-from actstore.query.derived import DerivedScalar, parse_scalar
+from actstore.query.derived import UNIT_ARGUMENTS, DerivedScalar, parse_scalar
 from actstore.query.derived.evaluation import evaluate
 from actstore.query.inventory import LocationInfo, StoreInfo, list_locations, summarise
+from actstore.query.reading import TensorReader, choose_layers, torch_dtype
 from actstore.query.rows import RowMap, Rows
-from actstore.query.sources import SequenceValues, Sources, read_rows
+from actstore.query.sources import Sources
 from actstore.query.tensors import DerivedScalarStore, LabelledTensor
 from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
 from actstore.store.index import UnitIndex, open_unit_index
 from actstore.store.reader import StoredArray, StoreReader
-from actstore.store.vocabulary import (
-    ActivationLocationType,
-    Dimension,
-    PassType,
-    parse_location,
-)
+from actstore.store.vocabulary import PassType, parse_location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +39,7 @@ __all__ = ["Store"]
 MAX_RESULT_BYTES = 2 * 2**30
 """Greatest tensor that one call returns unless the store was opened with another limit."""
 
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_ROW_LABEL_BYTES = 24
 
 Numbers = int | Iterable[int] | None
 
@@ -64,15 +60,16 @@ class Store:
         self.path = Path(path)
         self.max_result_bytes = max_result_bytes
         self.reader = StoreReader(self.path)
-        self.row_map = RowMap(self.reader)
+        self.row_map = RowMap(self.reader, max_result_bytes // _ROW_LABEL_BYTES)
         self.sources = Sources(self.reader)
+        self._tensors = TensorReader(self.sources, self.row_map, max_result_bytes)
         self._indexes: dict[str, UnitIndex] = {}
 
     def close(self) -> None:
         """Release the open files."""
         self.reader.close()
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -117,7 +114,7 @@ class Store:
 
     def info(self) -> StoreInfo:
         """What the store holds, and what it does not hold yet."""
-        return summarise(self.reader, self.sources)
+        return summarise(self.reader, self.row_map, self.sources)
 
     @cached_property
     def locations(self) -> Mapping[str, LocationInfo]:
@@ -161,29 +158,7 @@ class Store:
         found, named_layer = parse_location(location)
         of_pass = _pass_type(pass_type)
         chosen = self._layers(found.label, found.has_layers, named_layer, layers)
-        rows = self._rows(sequences, tokens)
-        for layer in chosen:
-            self.sources.require(found, of_pass, layer)
-        array = self.reader.arrays.get((found, of_pass))
-        whole = array is not None and not found.is_pair_shaped
-
-        def read_layer(layer: int | None, target: "Tensor") -> None:
-            import torch
-
-            assert array is not None
-            values = torch.from_numpy(read_rows(array, layer, rows.token))
-            target.copy_(values.reshape(target.shape))
-
-        return self._assemble(
-            found.label,
-            found.axes,
-            chosen if found.has_layers else None,
-            rows,
-            dtype,
-            self.sources.describe(found, of_pass),
-            lambda values, layer: values.raw(found, of_pass, layer),
-            read_layer if whole else None,
-        )
+        return self._tensors.raw(found, of_pass, chosen, self._rows(sequences, tokens), dtype)
 
     def gather(
         self,
@@ -263,7 +238,7 @@ class Store:
             )
         self.sources.require(found, PassType.FORWARD, chosen[0])
         reader = BatchReader(self.sources, self.row_map, found, chosen[0])
-        return reader.batches(size, shuffle, special, _torch_dtype(dtype))
+        return reader.batches(size, shuffle, special, torch_dtype(dtype))
 
     # Derived values
 
@@ -281,7 +256,7 @@ class Store:
     @overload
     def derive(
         self,
-        names: Sequence[str],
+        names: list[str] | tuple[str, ...],
         *,
         sequences: Numbers = None,
         tokens: Numbers = None,
@@ -291,7 +266,7 @@ class Store:
 
     def derive(
         self,
-        names: str | Sequence[str],
+        names: str | list[str] | tuple[str, ...],
         *,
         sequences: Numbers = None,
         tokens: Numbers = None,
@@ -331,73 +306,7 @@ class Store:
     def _derive(self, name: str, rows: Rows, layers: Numbers, dtype: str) -> LabelledTensor:
         declared, named_layer = parse_scalar(name)
         chosen = self._layers(declared.name, declared.has_layers, named_layer, layers)
-        return self._assemble(
-            declared.name,
-            declared.axes,
-            chosen if declared.has_layers else None,
-            rows,
-            dtype,
-            self.sources.describe_scalar(declared),
-            lambda values, layer: evaluate(declared, values, layer),
-            None,
-        )
-
-    def _assemble(
-        self,
-        name: str,
-        axes: tuple[Dimension, ...],
-        layers: Sequence[int | None] | None,
-        rows: Rows,
-        dtype: str,
-        source: str,
-        of_sequence: "Callable[[SequenceValues, int | None], Tensor]",
-        read_layer: "Callable[[int | None, Tensor], None] | None",
-    ) -> LabelledTensor:
-        """Fill a tensor sequence by sequence, or layer by layer where rows can be read."""
-        torch_dtype = _torch_dtype(dtype)
-        import torch
-
-        places = list(rows.by_sequence())
-        longest = max(
-            (self.row_map.sequence(number).length for number, _ in places), default=0
-        ) if Dimension.ATTENDED in axes else 0
-        unit_shape = self.sources.unit_shape(axes, longest)
-        numbers: Sequence[int | None] = (None,) if layers is None else layers
-        shape = (len(numbers), len(rows), *unit_shape)
-        size = int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize
-        if size > self.max_result_bytes:
-            raise InvalidInput(
-                f"{name} of {len(rows):,} rows and {len(numbers)} layers is {size:,} bytes, more "
-                f"than the limit of {self.max_result_bytes:,}. Ask for fewer rows or layers, go "
-                "through all of them with `batches`, or open the store with another "
-                "`max_result_bytes`.",
-                kind=ErrorKind.TOO_LARGE,
-            )
-        fill = torch.nan if Dimension.ATTENDED in axes else 0.0
-        result = torch.full(shape, fill, dtype=torch_dtype)
-        if read_layer is not None:
-            for index, layer in enumerate(numbers):
-                read_layer(layer, result[index])
-        else:
-            for number, chosen in places:
-                values = self.sources.sequence(self.row_map.sequence(number))
-                target = torch.from_numpy(chosen)
-                picked = torch.from_numpy(rows.position[chosen])
-                for index, layer in enumerate(numbers):
-                    value = of_sequence(values, layer)[picked]
-                    if torch_dtype is not torch.float64:
-                        value = value.to(torch.float32)
-                    inner = tuple(slice(0, length) for length in value.shape[1:])
-                    result[(index, target, *inner)] = value.to(torch_dtype)
-        dims = ("token", *(str(axis) for axis in axes))
-        return LabelledTensor(
-            name=name,
-            values=result[0] if layers is None else result,
-            dims=dims if layers is None else ("layer", *dims),
-            layers=None if layers is None else tuple(n for n in layers if n is not None),
-            rows=rows,
-            source=source,
-        )
+        return self._tensors.derived(declared, chosen, rows, dtype)
 
     # Rankings, SQL, upkeep
 
@@ -422,7 +331,7 @@ class Store:
     # What searches need
 
     def coefficients(self, declared: DerivedScalar, layer: int) -> npt.NDArray[np.float64]:
-        """The factor between raw and derived value per unit, ``(unit,)``; see DESIGN 6."""
+        """The factor between raw and derived value per unit, float64 ``(unit,)``."""
         return self.sources.coefficients(declared, layer if declared.has_layers else None)
 
     def layer_count(self, declared: DerivedScalar) -> int:
@@ -471,8 +380,6 @@ class Store:
 
     def unit_restriction(self, declared: DerivedScalar, indices: Sequence[int]) -> dict[str, int]:
         """The arguments of ``topk`` that restrict it to one unit."""
-        from actstore.query.topk import UNIT_ARGUMENTS
-
         return {
             UNIT_ARGUMENTS[axis]: index
             for axis, index in zip(declared.axes, indices, strict=True)
@@ -514,44 +421,7 @@ class Store:
     def _layers(
         self, name: str, has_layers: bool, named: int | None, layers: Numbers
     ) -> Sequence[int | None]:
-        given = (
-            None
-            if layers is None
-            else [layers]
-            if isinstance(layers, int | np.integer)
-            else list(layers)
-        )
-        if named is not None:
-            if given is not None and given != [named]:
-                raise InvalidInput(
-                    f"The name says layer {named}, layers says {given}; give one of them.",
-                    kind=ErrorKind.UNKNOWN_LAYER,
-                )
-            given = [named]
-        if not has_layers:
-            if given is not None:
-                raise InvalidInput(
-                    f"{name} belongs to no layer; leave out layers={given}.",
-                    kind=ErrorKind.UNKNOWN_LAYER,
-                )
-            return (None,)
-        for layer in given or ():
-            whole = isinstance(layer, int | np.integer) and not isinstance(layer, bool)
-            if not whole or not 0 <= layer < self.n_layers:
-                raise InvalidInput(
-                    f"There is no layer {layer!r} of {name}; this model has 0 to "
-                    f"{self.n_layers - 1}.",
-                    kind=ErrorKind.UNKNOWN_LAYER,
-                )
-        return range(self.n_layers) if given is None else [int(layer) for layer in given]
-
-
-def _torch_dtype(name: str) -> Any:
-    import torch
-
-    if name not in _DTYPES:
-        raise _invalid(f"dtype is {name!r}; use {', '.join(_DTYPES)}.")
-    return getattr(torch, name)
+        return choose_layers(name, has_layers, self.n_layers, named, layers)
 
 
 def _pass_type(name: str) -> PassType:

@@ -6,8 +6,9 @@ question. What no chain reaches needs the model itself.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from actstore.query.rows import SequenceRows
 from actstore.store.errors import ErrorKind, Unavailable
 from actstore.store.model.readout import READOUT_KEY
 from actstore.store.model.weights import ModelWeights, open_model
-from actstore.store.reader import StoredArray, StoreReader
+from actstore.store.reader import StoreReader
 from actstore.store.sections import open_sections
 from actstore.store.vocabulary import (
     ActivationLocationType,
@@ -33,13 +34,12 @@ from actstore.store.vocabulary import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SequenceValues", "Sources", "read_rows"]
+__all__ = ["SequenceValues", "Sources"]
 
 Place = tuple[ActivationLocationType, int | None]
 """A location and its layer."""
 
 _WEIGHT_BYTES = 2**30
-_LONG_RUN = 32
 
 
 class Sources:
@@ -53,7 +53,8 @@ class Sources:
         self.reader = reader
         self._weights: OrderedDict[tuple[WeightName, int | None], Tensor] = OrderedDict()
         self._coefficients: dict[tuple[str, int | None], npt.NDArray[np.float64]] = {}
-        self._latest: SequenceValues | None = None
+        self._lock = Lock()
+        self._latest = local()
 
     @cached_property
     def model(self) -> ModelWeights:
@@ -73,9 +74,7 @@ class Sources:
             context if axis is Dimension.ATTENDED else dimensions.size(axis) for axis in axes
         )
 
-    def coefficients(
-        self, declared: DerivedScalar, layer: int | None
-    ) -> npt.NDArray[np.float64]:
+    def coefficients(self, declared: DerivedScalar, layer: int | None) -> npt.NDArray[np.float64]:
         """The factor per unit of a scalar that rescales a raw value, float64 ``(unit,)``."""
         key = (declared.name, layer)
         if key not in self._coefficients:
@@ -105,17 +104,20 @@ class Sources:
         import torch
 
         at = layer if isinstance(name, ActivationLocationType) or name.has_layers else None
-        if (name, at) in self._weights:
-            self._weights.move_to_end((name, at))
-            return self._weights[name, at]
+        with self._lock:
+            if (name, at) in self._weights:
+                self._weights.move_to_end((name, at))
+                return self._weights[name, at]
         if isinstance(name, WeightLocationType):
             array = self.model.weight(name, at)
         else:
             assert at is not None, "biases belong to layers"
             array = self.model.attention_bias(name, at)
-        tensor = self._weights[name, at] = torch.from_numpy(array)
-        while sum(held.nbytes for held in self._weights.values()) > _WEIGHT_BYTES:
-            self._weights.popitem(last=False)
+        tensor = torch.from_numpy(array)
+        with self._lock:
+            self._weights[name, at] = tensor
+            while sum(held.nbytes for held in self._weights.values()) > _WEIGHT_BYTES:
+                self._weights.popitem(last=False)
         return tensor
 
     def _has_weight(self, name: WeightName) -> bool:
@@ -138,11 +140,15 @@ class Sources:
             if pass_type is PassType.FORWARD
             for layer in self._layers(location)
         }
+        # Ascending, so that one sweep follows a chain through all layers.
+        layers: list[int | None] = [None, *range(self.n_layers), None]
         changed = True
         while changed:
             changed = False
-            for recipe in usable:
-                for layer in self._layers(recipe.target):
+            for layer in layers:
+                for recipe in usable:
+                    if recipe.target.has_layers == (layer is None):
+                        continue
                     places = self.inputs_of(recipe, layer)
                     if any(place not in best for place in places):
                         continue
@@ -248,15 +254,16 @@ class Sources:
         )
 
     def _needs(self, recipe: Recipe) -> str:
-        parts = [str(source.of) for source in recipe.inputs] or ["token_id"]
-        weights = [str(name) for name in recipe.weights]
-        return " with ".join([" and ".join(parts), *([f"the weights {', '.join(weights)}"] if weights else [])])
+        inputs = " and ".join(str(source.of) for source in recipe.inputs) or "token_id"
+        weights = ", ".join(str(name) for name in recipe.weights)
+        return f"{inputs} with the weights {weights}" if weights else inputs
 
     def sequence(self, rows: SequenceRows) -> "SequenceValues":
-        """The values of one sequence; the last one asked for is kept."""
-        if self._latest is None or self._latest.rows != rows:
-            self._latest = SequenceValues(self, rows)
-        return self._latest
+        """The values of one sequence; each thread keeps the last one it asked for."""
+        latest: SequenceValues | None = getattr(self._latest, "values", None)
+        if latest is None or latest.rows != rows:
+            latest = self._latest.values = SequenceValues(self, rows)
+        return latest
 
 
 class SequenceValues:
@@ -284,9 +291,7 @@ class SequenceValues:
         """A weight in float64."""
         return self._sources.weight(location, layer)
 
-    def coefficients(
-        self, declared: DerivedScalar, layer: int | None
-    ) -> npt.NDArray[np.float64]:
+    def coefficients(self, declared: DerivedScalar, layer: int | None) -> npt.NDArray[np.float64]:
         """The factor per unit of a scalar that rescales a raw value."""
         return self._sources.coefficients(declared, layer)
 
@@ -372,38 +377,7 @@ class SequenceValues:
         start = self.rows.first_token - self.rows.segment * array.spec.segment_rows
         # A set of its own may cover fewer segments than the base set.
         array.rows_of(self.rows.segment)
-        stored = array.reader.window(
-            self.rows.segment, layer or 0, start, start + self.rows.length
-        )
+        stored = array.reader.window(self.rows.segment, layer or 0, start, start + self.rows.length)
         values = array.spec.dtype.to_float32(stored).astype(np.float64)
         tensor = torch.from_numpy(values).reshape(len(values), *array.spec.unit_shape)
         return tensor[..., : self.rows.length] if location.is_pair_shaped else tensor
-
-
-def read_rows(
-    array: StoredArray, layer: int | None, rows: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float32]:
-    """Any committed global rows of a stored array, exact.
-
-    Args:
-        array: the stored array.
-        layer: the layer, None for an array outside the blocks.
-        rows: global rows ``(row,)``, any order, repeats allowed.
-
-    Returns:
-        float32 ``(row, column)``.
-    """
-    size, to_float32 = array.spec.segment_rows, array.spec.dtype.to_float32
-    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] % size == 0)) + 1
-    if len(rows) < _LONG_RUN * (len(breaks) + 1):
-        return to_float32(array.reader.rows(layer or 0, rows))
-    result = np.empty((len(rows), array.spec.columns), np.float32)
-    done = 0
-    for run in np.split(rows, breaks):
-        segment, start = divmod(int(run[0]), size)
-        window = array.reader.window(segment, layer or 0, start, start + len(run))
-        result[done : done + len(run)] = to_float32(window)
-        done += len(run)
-    return result
-
-

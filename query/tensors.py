@@ -93,11 +93,13 @@ class LabelledTensor:
                 f"{sorted(set(self.rows.sequence.tolist()))[:10]}.",
                 kind=ErrorKind.UNKNOWN_ROW,
             )
-        rows = Rows(*(part[places] for part in (self.rows.token, self.rows.sequence,
-                                                self.rows.position)))
+        rows = Rows(
+            *(part[places] for part in (self.rows.token, self.rows.sequence, self.rows.position))
+        )
         index = self.values.new_tensor(places).long()
-        return replace(self, values=self.values.index_select(self.dims.index("token"), index),
-                       rows=rows)
+        return replace(
+            self, values=self.values.index_select(self.dims.index("token"), index), rows=rows
+        )
 
     def __len__(self) -> int:
         return len(self.values)

@@ -32,13 +32,13 @@ from actstore.store.vocabulary import ActivationLocationType, Dimension
 if TYPE_CHECKING:
     from actstore.query.session import Store
 
-__all__ = ["SCAN_CELLS", "Query", "scaled_array", "topk"]
+__all__ = ["SCAN_CELLS", "UNIT_ARGUMENTS", "Query", "scaled_array", "topk"]
 
 SCAN_CELLS = 4_000_000_000
 """Values that a query may look at without an index: about a minute of one core."""
 
 _WINDOW_CELLS = 4_000_000
-_UNIT_ARGUMENTS = {
+UNIT_ARGUMENTS = {
     Dimension.NEURON: "neurons",
     Dimension.HEAD: "heads",
     Dimension.LATENT: "latents",
@@ -251,9 +251,20 @@ def _windows(
             for index in range(plan.n_sequences):
                 for layer in units.layers:
                     values = store.derive_window(declared, plan.first_sequence + index, layer)
+                    if declared.is_pair_shaped:
+                        pairs = values.reshape(len(values), *store.unit_shape(declared))
+                        values = pairs.swapaxes(1, 2).reshape(len(values), -1)
                     yield layer, int(plan.first_token[index]), values
 
     return derived(), store.source_of(declared)
+
+
+def _ranked_axes(
+    store: "Store", declared: DerivedScalar
+) -> tuple[tuple[Dimension, ...], tuple[int, ...]]:
+    """The unit axes in the order that breaks ties: of a pair, attended token, then head."""
+    axes, shape = declared.axes, store.unit_shape(declared)
+    return (axes[::-1], shape[::-1]) if declared.is_pair_shaped else (axes, shape)
 
 
 def _select_units(
@@ -265,8 +276,8 @@ def _select_units(
 ) -> UnitSelection:
     count = store.layer_count(declared)
     numbers = _indices(layers, count, "layers", ErrorKind.UNKNOWN_LAYER)
-    sizes = store.unit_shape(declared)
-    names = [_UNIT_ARGUMENTS.get(axis) for axis in declared.axes]
+    axes, sizes = _ranked_axes(store, declared)
+    names = [UNIT_ARGUMENTS.get(axis) for axis in axes]
     for name, value in arguments.items():
         if value is not None and name not in names:
             usable = ", ".join(n for n in names if n) or "none"
@@ -350,9 +361,9 @@ def _table(store: "Store", declared: DerivedScalar, answer: Candidates) -> pa.Ta
     if declared.has_layers:
         columns["layer"] = pa.array(answer.layer, pa.int32())
     columns["token"] = pa.array(answer.token, pa.int64())
-    shape = store.unit_shape(declared)
+    axes, shape = _ranked_axes(store, declared)
     context = store.row_context(answer.token)
-    for axis, values in zip(declared.axes, np.unravel_index(answer.unit, shape), strict=True):
+    for axis, values in zip(axes, np.unravel_index(answer.unit, shape), strict=True):
         if axis is Dimension.ATTENDED:
             columns["attended_token"] = pa.array(
                 answer.token - context["position"] + values, pa.int64()

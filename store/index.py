@@ -4,6 +4,7 @@
 it does not cover, so its readers see every committed segment and need not know which.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.store.index_file import ByteCache, Units, array_coverage, newest_index_file
-from actstore.store.index_fold import LayerIndex, fold_layer
+from actstore.store.index_fold import LayerIndex, Moments, fold_layer, fold_moments
 from actstore.store.layout import ArraySpec
 from actstore.store.reader import StoredArray, StoreReader
-from actstore.store.statistics import UnitStatistics, merge_moments
+from actstore.store.statistics import UnitStatistics
 from actstore.store.unit_lists import Tail, UnitLists, join_lists
 
 __all__ = ["SegmentBounds", "UnitIndex", "open_unit_index"]
@@ -47,8 +48,6 @@ class _Source(Protocol):
 
     def bounds(self, layer: int, units: Units | None) -> npt.NDArray[np.signedinteger]: ...
 
-    def moments(self, layer: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]: ...
-
 
 class UnitIndex:
     """Lists, bounds and statistics of every unit of an array over the committed segments.
@@ -56,13 +55,17 @@ class UnitIndex:
     Args:
         spec: the array.
         sources: parts that cover disjoint segments.
+        moments: layer -> moments and counts over all of them.
 
     Attributes:
         segments: covered segments, ascending.
     """
 
-    def __init__(self, spec: ArraySpec, sources: list[_Source]) -> None:
+    def __init__(
+        self, spec: ArraySpec, sources: list[_Source], moments: Callable[[int], Moments]
+    ) -> None:
         self.spec = spec
+        self._moments = moments
         self._sources = sources
         numbers = [segment for source in sources for segment in source.segments]
         self._order = np.argsort(np.array(numbers, np.int64), kind="stable")
@@ -107,17 +110,7 @@ class UnitIndex:
         Raises:
             StoreDamaged: a block of an index or zone file fails its checksum.
         """
-        moments = np.zeros((self.spec.columns, 4))
-        counts = np.zeros((self.spec.columns, 3), np.int64)
-        for source in self._sources:
-            part, part_counts = source.moments(layer)
-            moments, _ = merge_moments(
-                moments,
-                counts[:, 0].astype(np.float64),
-                part,
-                part_counts[:, 0].astype(np.float64),
-            )
-            counts = counts + part_counts
+        moments, counts = self._moments(layer)
         return UnitStatistics.from_moments(moments, counts)
 
 
@@ -130,13 +123,20 @@ def open_unit_index(reader: StoreReader, array: StoredArray) -> UnitIndex:
     Raises:
         StoreDamaged: the compacted file is malformed.
     """
-    file = newest_index_file(reader.root, array.spec, array_coverage(reader, array))
+    coverage = array_coverage(reader, array)
+    file = newest_index_file(reader.root, array.spec, coverage)
     covered = set(file.segments) if file else set()
     rest = [segment for segment in array.segments if segment not in covered]
+
+    def moments(layer: int) -> Moments:
+        if file is not None and file.coverage.is_beginning_of(coverage):
+            return fold_moments(array, rest, layer, file.moments(layer))
+        return fold_moments(array, array.segments, layer)
+
     sources: list[_Source] = [file] if file else []
     if rest:
         sources.append(_Fold(array, rest))
-    return UnitIndex(array.spec, sources)
+    return UnitIndex(array.spec, sources, moments)
 
 
 class _Fold:
@@ -155,10 +155,6 @@ class _Fold:
     def bounds(self, layer: int, units: Units | None) -> npt.NDArray[np.signedinteger]:
         bounds = self._layer(layer).bounds
         return bounds if units is None else bounds[units]
-
-    def moments(self, layer: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        index = self._layer(layer)
-        return index.moments, index.counts
 
     def _layer(self, layer: int) -> LayerIndex:
         return self._cache.get(str(layer), lambda: fold_layer(self._array, self.segments, layer))

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from actstore.store.blobs import TEMPORARY_MARK
 from actstore.store.coverage import Coverage
 from actstore.store.errors import ErrorKind, StoreDamaged
-from actstore.store.index_fold import LayerIndex, fold_layer, list_depth
+from actstore.store.index_fold import LayerIndex, Moments, fold_layer, list_depth
 from actstore.store.layout import ArraySpec
 from actstore.store.reader import StoredArray, StoreReader
 from actstore.store.sections import SectionFile, encode_sections
@@ -53,7 +53,20 @@ Units = npt.NDArray[np.int64]
 
 
 class IndexFile:
-    """A compacted file, open for verified reads."""
+    """A compacted file, open for verified reads.
+
+    Args:
+        root: the store's directory.
+        path: the file's path inside the store.
+        spec: the array that it indexes.
+
+    Attributes:
+        coverage: the commit records it was made from.
+        segments: the covered segments, ascending.
+
+    Raises:
+        StoreDamaged: the file is missing, or not the index of that array and coverage.
+    """
 
     def __init__(self, root: Path, path: str, spec: ArraySpec) -> None:
         self._file = SectionFile(root / path, path)
@@ -71,6 +84,7 @@ class IndexFile:
         self._cache = ByteCache()
 
     def lists(self, layer: int, tail: Tail, units: Units | None) -> UnitLists:
+        """Merged lists of some units, or of all."""
         data = self._units(f"lists.{layer}", units)
         records = np.ascontiguousarray(data).view(self._record)[:, 0]
         number = TAILS.index(tail)
@@ -84,9 +98,11 @@ class IndexFile:
         )
 
     def bounds(self, layer: int, units: Units | None) -> npt.NDArray[np.signedinteger]:
+        """Keys ``(unit, 4, segment)`` of some units, or of all."""
         return self._units(f"bounds.{layer}", units)
 
-    def moments(self, layer: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    def moments(self, layer: int) -> Moments:
+        """Moments ``(unit, 4)`` and counts ``(unit, 3)``."""
         return self._file.read(f"moments.{layer}"), self._file.read(f"counts.{layer}")
 
     def layer(self, layer: int) -> LayerIndex:
@@ -225,6 +241,7 @@ class ByteCache:
         self._lock = Lock()
 
     def get(self, key: str, make: Callable[[], _S]) -> _S:
+        """The value under ``key``, made if it is not there."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)

@@ -11,7 +11,9 @@ from actstore.store.statistics import merge_moments
 from actstore.store.unit_lists import LIST_DEPTH, TAILS, ListMerger, UnitLists
 from actstore.store.zones import LIST_LENGTH
 
-__all__ = ["LayerIndex", "fold_layer", "list_depth"]
+__all__ = ["LayerIndex", "Moments", "fold_layer", "fold_moments", "list_depth"]
+
+Moments = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 
 _GROUP = 64
 """Segments whose lists are merged at once: bounds the memory, whatever the corpus."""
@@ -70,31 +72,56 @@ def fold_layer(
     before = 0 if beginning is None else beginning.bounds.shape[2]
     depth = list_depth(before + len(segments))
     mergers = {tail: ListMerger(units, spec.dtype, tail, depth) for tail in TAILS}
-    moments, counts = np.zeros((units, 4)), np.zeros((units, 3), np.int64)
     bounds = np.empty((units, 4, before + len(segments)), spec.dtype.keys)
     if beginning is not None:
         mergers["top"].add_lists(beginning.top)
         mergers["low"].add_lists(beginning.low)
-        moments, counts = beginning.moments, beginning.counts
         bounds[:, :, :before] = beginning.bounds
     for start in range(0, len(segments), _GROUP):
         group = segments[start : start + _GROUP]
         files = [array.zones(segment) for segment in group]
         first = np.array(group, np.int64)[None, :, None] * spec.segment_rows
-        group_counts = np.stack([file.row("counts", layer) for file in files])
-        has_more = (group_counts[:, :, 0] > LIST_LENGTH).T
+        counts = np.stack([file.row("counts", layer) for file in files], axis=1)
+        has_more = counts[:, :, 0] > LIST_LENGTH
         for tail, merger in mergers.items():
             keys = np.stack([file.row(f"{tail}_key", layer) for file in files], axis=1)
             rows = np.stack([file.row(f"{tail}_row", layer) for file in files], axis=1)
             merger.add(keys, rows + first, has_more)
         for number, file in enumerate(files):
             bounds[:, :, before + start + number] = file.row("segment", layer)
-            part = group_counts[number].astype(np.int64)
-            moments, _ = merge_moments(
-                moments,
-                counts[:, 0].astype(np.float64),
-                file.row("moments", layer),
-                part[:, 0].astype(np.float64),
-            )
-            counts = counts + part
+    moments, counts = fold_moments(
+        array, segments, layer, beginning and (beginning.moments, beginning.counts)
+    )
     return LayerIndex(mergers["top"].lists, mergers["low"].lists, bounds, moments, counts)
+
+
+def fold_moments(
+    array: StoredArray, segments: Sequence[int], layer: int, beginning: Moments | None = None
+) -> Moments:
+    """Moments and counts of one layer's units, merged segment by segment in order.
+
+    Rounding depends on the order of merging; keeping to one order makes the result the
+    same whatever was merged before.
+
+    Args:
+        array: an array with zone maps.
+        segments: ascending segment numbers.
+        layer: the layer.
+        beginning: the result for all segments before these.
+
+    Returns:
+        Moments ``(unit, 4)`` and counts ``(unit, 3)``, as in :class:`LayerIndex`.
+    """
+    units = array.spec.columns
+    moments, counts = beginning or (np.zeros((units, 4)), np.zeros((units, 3), np.int64))
+    for segment in segments:
+        file = array.zones(segment)
+        part = file.row("counts", layer).astype(np.int64)
+        moments, _ = merge_moments(
+            moments,
+            counts[:, 0].astype(np.float64),
+            file.row("moments", layer),
+            part[:, 0].astype(np.float64),
+        )
+        counts = counts + part
+    return moments, counts

@@ -436,9 +436,11 @@ def test_a_last_bit_of_difference_stops(
         Capture(loaded, (L.ATTN_KEY,)).__enter__()
 
 
-def test_a_module_that_no_longer_runs_stops(loaded: LoadedModel) -> None:
-    mlp = loaded.model.transformer.h[1].mlp
-    mlp.forward = lambda hidden: nn.functional.linear(hidden, torch.eye(16))
+def test_a_module_that_no_longer_runs_stops(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = loaded.model.get_submodule("transformer.h.1.mlp")
+    monkeypatch.setattr(mlp, "forward", torch.zeros_like)
     with pytest.raises(IngestStopped, match="mlp_post_act of layer 1 is"):
         Capture(loaded, PRESETS["neurons"]).__enter__()
 

@@ -179,6 +179,13 @@ def test_index_is_the_same_whatever_was_compacted_before(tmp_path: Path, first: 
     assert written[0] == written[1]
 
 
+def read_everything(reader: StoreReader) -> None:
+    index = open_unit_index(reader, reader.array(MLP))
+    index.layer_lists(0, "top")
+    index.segment_bounds(0)
+    index.statistics(0)
+
+
 def test_every_flipped_bit_of_the_index_is_found(tmp_path: Path) -> None:
     values = hostile_values(sum(LENGTHS), layers=1)
     root = build_store(tmp_path / "s", {"mlp_post_act": values}, LENGTHS)
@@ -192,10 +199,7 @@ def test_every_flipped_bit_of_the_index_is_found(tmp_path: Path) -> None:
         bad[place] ^= 4
         (root / path).write_bytes(bad)
         with pytest.raises(StoreDamaged):
-            index = open_unit_index(reader, reader.array(MLP))
-            index.layer_lists(0, "top")
-            index.segment_bounds(0)
-            index.statistics(0)
+            read_everything(reader)
         used += 1
     assert used > 20
 

@@ -32,5 +32,6 @@ def tiny_gpt2(
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = ".ln_" in name and name.endswith("weight")
             parameter.copy_(1 + 0.2 * noise if is_gain else 0.3 * noise)
-    converted: GPT2LMHeadModel = nn.Module.to(model, dtype).eval()
-    return converted
+    nn.Module.to(model, dtype)
+    nn.Module.eval(model)
+    return model

@@ -1,6 +1,7 @@
 """Derived scalars: one declaration each, one module per family."""
 
 from actstore.query.derived.declaration import (
+    UNIT_ARGUMENTS,
     Coefficient,
     DerivedScalar,
     General,
@@ -13,6 +14,7 @@ from actstore.query.derived.registry import SCALARS, parse_scalar, scalar
 
 __all__ = [
     "SCALARS",
+    "UNIT_ARGUMENTS",
     "Coefficient",
     "DerivedScalar",
     "General",

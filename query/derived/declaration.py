@@ -7,9 +7,10 @@ it, so adding a scalar is adding one declaration.
 Nothing here imports torch: listing scalars and ranking scaled arrays do not need it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from actstore.store.errors import ErrorKind, InvalidInput
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "UNIT_ARGUMENTS",
     "Coefficient",
     "Dependence",
     "DerivedScalar",
@@ -99,6 +101,19 @@ class Source:
 
 
 _L = ActivationLocationType
+
+
+UNIT_ARGUMENTS: Mapping[Dimension, str] = MappingProxyType(
+    {
+        Dimension.NEURON: "neurons",
+        Dimension.HEAD: "heads",
+        Dimension.LATENT: "latents",
+        Dimension.CHANNEL: "channels",
+        Dimension.HEAD_CHANNEL: "channels",
+        Dimension.ATTENDED: "attended",
+    }
+)
+"""Unit axis -> the argument by which every query restricts it."""
 
 
 class Coefficient(StrEnum):

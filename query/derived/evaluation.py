@@ -37,9 +37,7 @@ class RawValues(Protocol):
         """A weight in float64; the layer is ignored for a weight outside the blocks."""
         ...
 
-    def coefficients(
-        self, declared: DerivedScalar, layer: int | None
-    ) -> npt.NDArray[np.float64]:
+    def coefficients(self, declared: DerivedScalar, layer: int | None) -> npt.NDArray[np.float64]:
         """The factor per unit of a scalar that rescales a raw value, ``(unit,)``."""
         ...
 
@@ -71,7 +69,7 @@ def evaluate(declared: DerivedScalar, values: RawValues, layer: int | None) -> "
     if isinstance(declared.dependence, Identity):
         return sources[0]
     if isinstance(declared.dependence, ScaledBy):
-        factor = torch.from_numpy(values.coefficients(declared, layer))
+        factor = torch.tensor(values.coefficients(declared, layer))
         return sources[0] * factor.reshape(sources[0].shape[1:])
     assert declared.formula is not None
     return declared.formula(sources, [values.weight(weight, layer) for weight in declared.weights])

@@ -42,8 +42,8 @@ def compute_readout(weights: ModelWeights) -> dict[str, npt.NDArray[Any]]:
         ``write_norm``, ``read_norm``, ``bias``: float64 (layer, neuron), the norms of
         the neuron's output row and input column, and its input bias.
         ``promoted_token``, ``suppressed_token``: int32 (layer, neuron, rank), the tokens
-        with the greatest and least effect, ties in order of token id; and
-        ``promoted_score``, ``suppressed_score``: float32, their effects.
+        with the greatest and least effect in float32, ties in order of token id; and
+        ``promoted_score``, ``suppressed_score``: float32, these effects.
         ``head_write_norm``, ``head_value_output_norm``: float64 (layer, head), the
         Frobenius norms of W_O and of W_V W_O.
     """
@@ -114,44 +114,51 @@ class _Unembedding:
         """Tokens and effects at either end for output rows, (row, channel)."""
         promoted = suppressed = _Kept.empty(len(rows))
         for start, block in self._blocks():
-            effects = rows @ block
+            # Ranked as stored: a product's last bits depend on where its column stands.
+            effects = (rows @ block).astype(np.float32)
             promoted = promoted.with_block(effects, start)
             np.negative(effects, out=effects)
             suppressed = suppressed.with_block(effects, start)
         return {
             "promoted_token": promoted.tokens,
-            "promoted_score": promoted.effects.astype(np.float32),
+            "promoted_score": promoted.effects,
             "suppressed_token": suppressed.tokens,
-            "suppressed_score": (-suppressed.effects).astype(np.float32),
+            "suppressed_score": -suppressed.effects,
         }
 
 
 class _Kept:
     """The greatest effects so far of each row, ordered by effect, then token id."""
 
-    def __init__(self, effects: npt.NDArray[np.float64], tokens: npt.NDArray[np.int32]) -> None:
+    def __init__(self, effects: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32]) -> None:
         self.effects = effects
         self.tokens = tokens
 
     @classmethod
     def empty(cls, rows: int) -> "_Kept":
-        return cls(np.empty((rows, 0)), np.empty((rows, 0), np.int32))
+        return cls(np.empty((rows, 0), np.float32), np.empty((rows, 0), np.int32))
 
-    def with_block(self, effects: npt.NDArray[np.float64], first_token: int) -> "_Kept":
+    def with_block(self, effects: npt.NDArray[np.float32], first_token: int) -> "_Kept":
         """Merge the effects of the tokens that follow all earlier ones, (row, token)."""
-        columns = _greatest(effects)
-        found = np.take_along_axis(effects, columns, axis=1)
-        tokens = (columns + first_token).astype(np.int32)
-        effects = np.concatenate([self.effects, found], axis=1)
-        tokens = np.concatenate([self.tokens, tokens], axis=1)
-        # Stable: of equal effects the earlier, which is the smaller token id, stays first.
-        order = np.argsort(-effects, axis=1, kind="stable")[:, :TOKENS_KEPT]
-        return _Kept(
-            np.take_along_axis(effects, order, axis=1), np.take_along_axis(tokens, order, axis=1)
-        )
+        rows, kept = self.effects.shape
+        if kept < TOKENS_KEPT:
+            columns = _greatest(effects)
+            row = np.repeat(np.arange(rows), columns.shape[1])
+            column = columns.reshape(-1)
+        else:
+            # Few enter once the list is full; one that equals the last loses to its token id.
+            row, column = np.nonzero(effects > self.effects[:, -1:])
+        where = np.concatenate([np.repeat(np.arange(rows), kept), row])
+        effect = np.concatenate([self.effects.reshape(-1), effects[row, column]])
+        token = np.concatenate([self.tokens.reshape(-1), (column + first_token).astype(np.int32)])
+        order = np.lexsort((token, -effect, where))
+        # Every row has equally many when the list is filling, and at least a full list after.
+        ranks = np.arange(len(order)) - np.searchsorted(where[order], where[order])
+        order = order[ranks < TOKENS_KEPT].reshape(rows, -1)
+        return _Kept(effect[order], token[order])
 
 
-def _greatest(effects: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def _greatest(effects: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Columns of the ``TOKENS_KEPT`` greatest values of each row, ascending by column."""
     count = effects.shape[1]
     if count <= TOKENS_KEPT:
