@@ -53,6 +53,7 @@ class Sources:
         self.reader = reader
         self._weights: OrderedDict[tuple[WeightName, int | None], Tensor] = OrderedDict()
         self._coefficients: dict[tuple[str, int | None], npt.NDArray[np.float64]] = {}
+        self._weight_bytes = 0
         self._lock = Lock()
         self._latest = local()
 
@@ -115,9 +116,11 @@ class Sources:
             array = self.model.attention_bias(name, at)
         tensor = torch.from_numpy(array)
         with self._lock:
-            self._weights[name, at] = tensor
-            while sum(held.nbytes for held in self._weights.values()) > _WEIGHT_BYTES:
-                self._weights.popitem(last=False)
+            if (name, at) not in self._weights:
+                self._weights[name, at] = tensor
+                self._weight_bytes += tensor.nbytes
+            while self._weight_bytes > _WEIGHT_BYTES:
+                self._weight_bytes -= self._weights.popitem(last=False)[1].nbytes
         return tensor
 
     def _has_weight(self, name: WeightName) -> bool:
