@@ -24,7 +24,6 @@ from actstore.ingest.tokenization import resolve_bos, special_token_ids, tokeniz
 from actstore.ingest.writer import SegmentWriter
 from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs
 from actstore.store.commits import CommitRecord, lock_segment, read_commits
-from actstore.store.snapshot import compact
 from actstore.store.errors import ErrorKind, InvalidInput, StoreConflict
 from actstore.store.manifest import (
     MANIFEST,
@@ -38,6 +37,7 @@ from actstore.store.plan import Plan, PlanConfig, load_plans
 from actstore.store.planning import PlanOutcome, build_plan
 from actstore.store.publishing import publish_file, publish_metadata
 from actstore.store.reader import StoreReader
+from actstore.store.snapshot import compact
 
 __all__ = ["Corpus", "PlannedIngest", "ingest", "plan_ingest"]
 
@@ -264,7 +264,7 @@ def _plan_of(plans: Iterable[Plan], segment: int) -> Plan:
 
 def _require_free(blobs: LocalBlobs) -> None:
     """A new store goes into an empty directory, or one where this very ingest began."""
-    for key in blobs.keys():
+    for key in blobs.listing():
         if key.split("/")[0] not in ("plan", "model", "locks") and TEMPORARY_MARK not in key:
             raise InvalidInput(
                 f"{blobs.root} is not empty and not a store: it has {key}. Choose another --out.",
@@ -320,9 +320,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _manifest(
-    loaded: LoadedModel, settings: IngestSettings, config: PlanConfig
-) -> StoreManifest:
+def _manifest(loaded: LoadedModel, settings: IngestSettings, config: PlanConfig) -> StoreManifest:
     return StoreManifest(
         model={
             "name": loaded.name,
@@ -383,8 +381,7 @@ def _publish_store(planned: PlannedIngest) -> None:
     blobs, manifest = planned.blobs, planned.manifest
     if planned.is_new:
         files: list[FileEntry] = [
-            publish_file(blobs, key, parts)
-            for key, parts in snapshot_files(planned.loaded).items()
+            publish_file(blobs, key, parts) for key, parts in snapshot_files(planned.loaded).items()
         ]
         manifest = replace(manifest, files=tuple(files))
         if not blobs.publish(MANIFEST, [manifest.encode()]):

@@ -1,5 +1,6 @@
 """Which dtype each location is stored in: measured on a fixed sample, then written down."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,7 @@ def largest_values(
 
     def sink(location: ActivationLocationType, layer: int | None, tensor: torch.Tensor) -> None:
         value = float(tensor.detach().abs().max())
-        largest[location] = max(largest[location], value if value == value else float("inf"))
+        largest[location] = max(largest[location], float("inf") if math.isnan(value) else value)
 
     with Capture(loaded, locations) as capture:
         for index in range(min(PROBE_SEQUENCES, segment.n_sequences)):

@@ -1,6 +1,6 @@
 """Contexts of one unit: where it is strongest, weakest, anywhere, or in between."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,13 +147,20 @@ def examples(
     column = int(np.ravel_multi_index(indices, shape))
     restriction = store.unit_restriction(declared, indices)
     common: dict[str, Any] = {"layers": layer if declared.has_layers else None, **restriction}
+    shares: Sequence[float | None]
     if kind in ("top", "bottom"):
         best = topk(
-            store, name, k=k, where=where, distinct=distinct, largest=kind == "top",
-            special=special, **common,
+            store,
+            name,
+            k=k,
+            where=where,
+            distinct=distinct,
+            largest=kind == "top",
+            special=special,
+            **common,
         )
         tokens = np.array(best.column("token"), np.int64)
-        quantiles: list[float | None] = [None] * len(tokens)
+        shares = [None] * len(tokens)
         certificate = best.certificate
     elif kind in ("random", "quantile"):
         first = topk(store, name, k=1, where=where, special=special, **common)
@@ -162,10 +169,15 @@ def examples(
             tokens, shares = _random(store, token, k, distinct, seed)
         else:
             tokens, shares = _quantiles(store, value, token, k, distinct)
-        quantiles = list(shares)
         certificate = Certificate(
-            **{**first.certificate.to_json(), "plan": "scan", "cells_scanned": len(token),
-               "bound": None, "pages_read": 0, "pages_pruned": 0}
+            **{
+                **first.certificate.to_json(),
+                "plan": "scan",
+                "cells_scanned": len(token),
+                "bound": None,
+                "pages_read": 0,
+                "pages_pruned": 0,
+            }
         )
     else:
         raise InvalidInput(
@@ -174,7 +186,7 @@ def examples(
         )
     rows = tuple(
         _window(store, declared, layer, column, int(token), share, window)
-        for token, share in zip(tokens, quantiles, strict=True)
+        for token, share in zip(tokens, shares, strict=True)
     )
     return Examples(tuple(unit), kind, rows, certificate)
 

@@ -7,7 +7,6 @@ from typing import Any
 from actstore.query.rows import RowMap
 from actstore.query.sources import Sources
 from actstore.store.reader import StoreReader
-from actstore.store.selfcheck import read_selfchecks
 from actstore.store.vocabulary import ActivationLocationType, PassType
 
 __all__ = ["LocationInfo", "StoreInfo", "list_locations", "summarise"]
@@ -90,7 +89,6 @@ class StoreInfo:
 
 def list_locations(reader: StoreReader, sources: Sources) -> dict[str, LocationInfo]:
     """Every forward location in the order of the forward pass, then stored gradients."""
-    errors = read_selfchecks(reader.blobs)
     retention = {
         label: kept for record in reader.sets.values() for label, kept in record.retention.items()
     }
@@ -104,7 +102,7 @@ def list_locations(reader: StoreReader, sources: Sources) -> dict[str, LocationI
             (PassType.BACKWARD, gradients),
         )
         for location in locations
-        for entry in [_describe(reader, sources, location, pass_type, retention, errors)]
+        for entry in [_describe(reader, sources, location, pass_type, retention)]
     }
 
 
@@ -114,7 +112,6 @@ def _describe(
     location: ActivationLocationType,
     pass_type: PassType,
     retention: Mapping[str, str],
-    errors: Mapping[str, float],
 ) -> LocationInfo:
     array = reader.arrays.get((location, pass_type))
     forward = pass_type is PassType.FORWARD
@@ -135,7 +132,7 @@ def _describe(
         retention=retention.get(location.label, "none") if array is None or forward else "raw",
         bytes=size,
         segments=len(array.segments) if array is not None else 0,
-        measured_error=errors.get(location.label) if forward else None,
+        measured_error=sources.errors.get(location.label) if forward else None,
     )
 
 

@@ -34,9 +34,7 @@ class Candidates:
 
     def take(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> "Candidates":
         """The candidates at ``index``."""
-        return Candidates(
-            self.value[index], self.layer[index], self.token[index], self.unit[index]
-        )
+        return Candidates(self.value[index], self.layer[index], self.token[index], self.unit[index])
 
     @classmethod
     def empty(cls) -> "Candidates":
@@ -131,9 +129,7 @@ class Grouping:
         label: the group that begins there.
     """
 
-    def __init__(
-        self, first_token: npt.NDArray[np.int64], label: npt.NDArray[np.int64]
-    ) -> None:
+    def __init__(self, first_token: npt.NDArray[np.int64], label: npt.NDArray[np.int64]) -> None:
         self._first_token = first_token
         self._label = label
 

@@ -56,7 +56,9 @@ class TensorReader:
         array = self.sources.reader.arrays.get((location, pass_type))
         result = self._allocate(location.label, location.axes, layers, rows, dtype)
         if array is None or location.is_pair_shaped:
-            self._fill(result, layers, rows, lambda v, layer: v.raw(location, pass_type, layer))
+            self._fill(
+                result, layers, rows, lambda v, layer, at: v.raw(location, pass_type, layer)[at]
+            )
         else:
             import torch
 
@@ -71,7 +73,7 @@ class TensorReader:
     ) -> LabelledTensor:
         """A derived scalar, sequence by sequence."""
         result = self._allocate(declared.name, declared.axes, layers, rows, dtype)
-        self._fill(result, layers, rows, lambda v, layer: evaluate(declared, v, layer))
+        self._fill(result, layers, rows, lambda v, layer, at: evaluate(declared, v, layer, at))
         source = self.sources.describe_scalar(declared)
         return _label(declared.name, declared.axes, result, layers, rows, source)
 
@@ -103,7 +105,7 @@ class TensorReader:
         result: "Tensor",
         layers: Layers,
         rows: Rows,
-        value_of: "Callable[[SequenceValues, int | None], Tensor]",
+        value_of: "Callable[[SequenceValues, int | None, Tensor], Tensor]",
     ) -> None:
         import torch
 
@@ -112,7 +114,7 @@ class TensorReader:
             target = torch.from_numpy(places)
             position = torch.from_numpy(rows.position[places])
             for index, layer in enumerate(layers):
-                value = value_of(values, layer)[position]
+                value = value_of(values, layer, position)
                 if result.dtype is not torch.float64:
                     # The canonical value; a narrower dtype rounds that one.
                     value = value.to(torch.float32)

@@ -137,11 +137,11 @@ class RowMap:
         wanted = _numbers(numbers, "sequence")
         self._check(wanted, self.n_sequences, "sequence")
         first, length = self._starts[wanted], self._lengths[wanted]
-        for number, segment in zip(
-            wanted.tolist(), (first // self._reader.segment_rows).tolist(), strict=True
-        ):
-            if segment not in self._committed:
-                raise self._uncommitted(f"Sequence {number}", segment)
+        segment = first // self._reader.segment_rows
+        missing = np.flatnonzero(~np.isin(segment, self._reader.segments))
+        if len(missing):
+            at = int(missing[0])
+            raise self._uncommitted(f"Sequence {int(wanted[at])}", int(segment[at]))
         self._limit(int(length.sum()))
         position = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
         return Rows(np.repeat(first, length) + position, np.repeat(wanted, length), position)
@@ -166,10 +166,10 @@ class RowMap:
                 "it. Take rows from the `token` column of the tokens table.",
                 kind=ErrorKind.UNKNOWN_ROW,
             )
-        for segment in np.unique(wanted // size).tolist():
-            if segment not in self._committed:
-                row = int(wanted[wanted // size == segment][0])
-                raise self._uncommitted(f"Row {row}", segment)
+        missing = np.flatnonzero(~np.isin(wanted // size, self._reader.segments))
+        if len(missing):
+            row = int(wanted[missing[0]])
+            raise self._uncommitted(f"Row {row}", row // size)
         return Rows(wanted, index.astype(np.int64), position)
 
     def all(self) -> Rows:
@@ -217,10 +217,37 @@ class RowMap:
         return [self._texts.get(int(token_id)) for token_id in token_ids]
 
     @cached_property
-    def documents(self) -> pa.Table:
-        """Documents of all plans with the caller's columns; row ``n`` is document ``n``."""
-        tables = [plan.documents() for plan in self._reader.plans]
-        return pa.concat_tables(tables, promote_options="permissive")
+    def _document_tables(self) -> list[pa.Table]:
+        return [plan.documents() for plan in self._reader.plans]
+
+    def document_column(self, name: str) -> pa.Array:
+        """A column of the documents, by document number; names differ by more than case.
+
+        Plans may bring different columns: what one lacks is null, whole and other numbers
+        meet as floats, anything else that differs as text.
+
+        Raises:
+            InvalidInput: no plan has such a column.
+        """
+        found = []
+        for table in self._document_tables:
+            spelled = [own for own in table.column_names if own.casefold() == name.casefold()]
+            found.append(table.column(spelled[0]) if spelled else pa.nulls(table.num_rows))
+        types = {part.type for part in found if not pa.types.is_null(part.type)}
+        if not types:
+            known = dict.fromkeys(n for table in self._document_tables for n in table.column_names)
+            raise InvalidInput(
+                f"Documents have no column {name!r}; they have {', '.join(known)}.",
+                kind=ErrorKind.INVALID_ARGUMENT,
+            )
+        common = types.pop()
+        if types:
+            numeric = all(
+                pa.types.is_integer(one) or pa.types.is_floating(one) for one in (common, *types)
+            )
+            common = pa.float64() if numeric else pa.string()
+        chunks = [chunk for part in found for chunk in _chunks(part.cast(common))]
+        return pa.concat_arrays(chunks)
 
     def table(self, rows: Rows, columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of the tokens table, joined with columns of their documents.
@@ -249,13 +276,7 @@ class RowMap:
         for name in columns or ():
             if name in found:
                 continue
-            if name not in self.documents.column_names:
-                raise InvalidInput(
-                    f"Documents have no column {name!r}; they have "
-                    f"{', '.join(self.documents.column_names)}.",
-                    kind=ErrorKind.INVALID_ARGUMENT,
-                )
-            found[name] = self.documents.column(name).take(pa.array(document)).combine_chunks()
+            found[name] = self.document_column(name).take(pa.array(document))
         return pa.table(found)
 
     def _check(self, wanted: npt.NDArray[np.int64], size: int, noun: str) -> None:
@@ -296,3 +317,7 @@ def _numbers(values: int | Iterable[int], noun: str) -> npt.NDArray[np.int64]:
             kind=ErrorKind.INVALID_ARGUMENT,
         )
     return array.astype(np.int64)
+
+
+def _chunks(column: "pa.Array | pa.ChunkedArray") -> list[pa.Array]:
+    return column.chunks if isinstance(column, pa.ChunkedArray) else [column]

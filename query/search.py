@@ -9,8 +9,11 @@ part of a unit's list ranks after its last proven entry.
 """
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +22,16 @@ from actstore.query.bounds import derived_value, score_bounds
 from actstore.query.ranking import Candidates, Ranking
 from actstore.query.selection import RowSelection, UnitSelection
 from actstore.store.index import UnitIndex
-from actstore.store.keys import highest_key, key_values, lowest_key
+from actstore.store.keys import key_values
 from actstore.store.layout import PAGE_ROWS
 from actstore.store.reader import StoredArray
 
+if TYPE_CHECKING:
+    from actstore.store.unit_lists import Tail
+
 __all__ = ["Effort", "ScaledArray", "search_bounds", "search_lists", "search_scan"]
+
+_KEPT_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,6 @@ class Effort:
     pages_read: int = 0
     pages_total: int = 0
     bound: float = float("-inf")
-    segments: list[int] = field(default_factory=list)
 
 
 def search_lists(
@@ -69,15 +76,16 @@ def search_lists(
         c = source.coefficients(layer)[chosen]
         upward = (c >= 0) == ranking.largest
         end = np.full(len(chosen), np.inf, np.float32)
-        for tail, members in (("top", upward), ("low", ~upward)):
+        tails: tuple[tuple[Tail, npt.NDArray[np.bool_]], ...] = (("top", upward), ("low", ~upward))
+        for tail, members in tails:
             picked = np.flatnonzero(members)
             if not len(picked):
                 continue
             lists = source.index.layer_lists(layer, tail, chosen[picked])
-            depth = lists.keys.shape[1]
-            proven = np.arange(depth) < lists.proven[:, None]
             value = derived_value(key_values(lists.keys, dtype), c[picked, None])
-            allowed = proven & rows.contains(lists.rows.reshape(-1)).reshape(lists.rows.shape)
+            # Entries beyond the proven depth are values of the unit all the same.
+            exists = lists.rows >= 0
+            allowed = exists & rows.contains(lists.rows.reshape(-1)).reshape(lists.rows.shape)
             unit, rank = np.nonzero(allowed)
             ranking.offer(
                 Candidates(
@@ -114,121 +122,159 @@ def search_bounds(
     for layer in units.layers:
         chosen = units.of(layer)
         if len(chosen):
-            _search_layer(source, layer, chosen, rows, ranking, effort)
+            _LayerSearch(source, layer, chosen, rows, ranking, effort).run()
     effort.bound = ranking.threshold
 
 
-def _search_layer(
-    source: ScaledArray,
-    layer: int,
-    units: npt.NDArray[np.int64],
-    rows: RowSelection,
-    ranking: Ranking,
-    effort: Effort,
-) -> None:
-    array = source.array
-    spec = array.spec
-    c = source.coefficients(layer)[units]
-    low, high = lowest_key(spec.dtype), highest_key(spec.dtype)
-    bounds = source.index.segment_bounds(layer, units)
-    usable = {segment: number for number, segment in enumerate(bounds.segments)}
-    wanted = [segment for segment in rows.segments(array.segments) if segment in usable]
-    effort.segments = wanted
-    pages = {s: rows.pages(s, array.rows_of(s)) for s in wanted} if rows.rows is not None else {}
-    effort.pages_total += len(units) * sum(
-        int(pages[s].sum()) if s in pages else -(-array.rows_of(s) // PAGE_ROWS) for s in wanted
-    )
-    columns = np.array([usable[segment] for segment in wanted], np.int64)
-    numbers = np.array(wanted, np.int64)
+class _Kind(IntEnum):
+    """What a node of the search stands for; at equal bound and place the coarser goes first."""
 
-    def score(
-        maxima: npt.NDArray[np.signedinteger], minima: npt.NDArray[np.signedinteger],
+    SEGMENT = 0
+    PAGE = 1
+    SPECIAL_ROWS = 2
+
+
+class _Node(NamedTuple):
+    """Cells still to be looked at, in the order of visiting them."""
+
+    negative_bound: float
+    token: int
+    position: int
+    kind: _Kind
+    segment: int
+
+
+class _LayerSearch:
+    """Branch and bound over the segments and pages of one layer."""
+
+    def __init__(
+        self,
+        source: ScaledArray,
+        layer: int,
+        units: npt.NDArray[np.int64],
+        rows: RowSelection,
+        ranking: Ranking,
+        effort: Effort,
+    ) -> None:
+        self._array = source.array
+        self._spec = source.array.spec
+        self._layer = layer
+        self._units = units
+        self._rows = rows
+        self._ranking = ranking
+        self._effort = effort
+        self._coefficients = source.coefficients(layer)[units]
+        self._bounds = source.index.segment_bounds(layer, units)
+        indexed = set(self._bounds.segments)
+        self._segments = [s for s in rows.segments(self._array.segments) if s in indexed]
+        self._pages = {s: rows.pages(s, self._array.rows_of(s)) for s in self._segments}
+        self._blocks: OrderedDict[tuple[int, int, int], npt.NDArray[np.float32]] = OrderedDict()
+        effort.pages_total += len(units) * sum(int(mask.sum()) for mask in self._pages.values())
+
+    def run(self) -> None:
+        """Visit nodes by bound until none can enter the ranking."""
+        nodes = self._first_nodes()
+        heapq.heapify(nodes)
+        while nodes:
+            node = heapq.heappop(nodes)
+            unit = int(self._units[node.position])
+            if not self._ranking.beats(-node.negative_bound, self._layer, node.token, unit):
+                # Nodes come by (bound, token, unit), as answers rank within a layer.
+                return
+            if node.kind is _Kind.SEGMENT:
+                for page in self._page_nodes(node, unit):
+                    heapq.heappush(nodes, page)
+            else:
+                self._effort.pages_read += 1
+                raw, offsets = self._read(node, unit)
+                self._ranking.offer(
+                    Candidates(
+                        derived_value(raw, self._coefficients[node.position]),
+                        np.full(len(raw), self._layer, np.int64),
+                        node.segment * self._spec.segment_rows + offsets,
+                        np.full(len(raw), unit, np.int64),
+                    )
+                )
+
+    def _first_nodes(self) -> list[_Node]:
+        bounds = self._bounds
+        place = {segment: number for number, segment in enumerate(bounds.segments)}
+        columns = np.array([place[segment] for segment in self._segments], np.int64)
+        numbers = np.array(self._segments, np.int64)
+        tables = [(_Kind.SEGMENT, bounds.maximum, bounds.minimum)]
+        if self._rows.special:
+            tables.append((_Kind.SPECIAL_ROWS, bounds.special_maximum, bounds.special_minimum))
+        nodes: list[_Node] = []
+        for kind, maximum, minimum in tables:
+            score = self._score(maximum[:, columns], minimum[:, columns], self._coefficients)
+            position, column = np.nonzero((score >= self._ranking.threshold) & (score > -np.inf))
+            nodes += map(
+                _Node,
+                (-score[position, column]).tolist(),
+                (numbers[column] * self._spec.segment_rows).tolist(),
+                position.tolist(),
+                [kind] * len(position),
+                numbers[column].tolist(),
+            )
+        return nodes
+
+    def _page_nodes(self, node: _Node, unit: int) -> Iterator[_Node]:
+        zones = self._array.zones(node.segment)
+        score = self._score(
+            zones.row("page_max", self._layer, unit)[None],
+            zones.row("page_min", self._layer, unit)[None],
+            self._coefficients[node.position : node.position + 1],
+        )[0]
+        filled = self._pages[node.segment]
+        for page in np.flatnonzero((score[: len(filled)] > -np.inf) & filled).tolist():
+            first = node.token + page * PAGE_ROWS
+            if self._ranking.beats(float(score[page]), self._layer, first, unit):
+                yield _Node(-float(score[page]), first, node.position, _Kind.PAGE, node.segment)
+
+    def _read(
+        self, node: _Node, unit: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Raw float32 values of a node's allowed rows, and those rows within the segment."""
+        spec, segment = self._spec, node.segment
+        length = self._array.rows_of(segment)
+        special = self._rows.special_rows(segment)
+        within = self._rows.within(segment, length)
+        if node.kind is _Kind.SPECIAL_ROWS:
+            offsets = np.flatnonzero(special & within)
+            stored = self._array.reader.cells(segment, self._layer, offsets, unit)
+            return spec.dtype.to_float32(stored), offsets
+        start = node.token - segment * spec.segment_rows
+        stop = min(start + PAGE_ROWS, length)
+        chunk, inside = divmod(unit, spec.chunk_width)
+        block = self._block(segment, start, stop, chunk)
+        mask = (within & ~special)[start:stop]
+        return block[mask, inside], start + np.flatnonzero(mask)
+
+    def _block(self, segment: int, start: int, stop: int, chunk: int) -> npt.NDArray[np.float32]:
+        """A page's rows of 32 units: what one read costs, kept for its other units."""
+        key = (segment, start, chunk)
+        if key not in self._blocks:
+            if len(self._blocks) >= _KEPT_BLOCKS:
+                self._blocks.popitem(last=False)
+            stored = self._array.reader.window(segment, self._layer, start, stop, [chunk])
+            self._blocks[key] = self._spec.dtype.to_float32(stored)
+        return self._blocks[key]
+
+    def _score(
+        self,
+        maximum: npt.NDArray[np.signedinteger],
+        minimum: npt.NDArray[np.signedinteger],
         coefficient: npt.NDArray[np.float64],
     ) -> npt.NDArray[np.float32]:
-        empty = maxima < minima
-        safe_max = np.where(empty, 0, maxima)
-        safe_min = np.where(empty, 0, minima)
+        """Bounds on the score of zones, given the keys of their extremes."""
+        dtype = self._spec.dtype
+        empty = maximum < minimum
         return score_bounds(
-            key_values(safe_max, spec.dtype),
-            key_values(safe_min, spec.dtype),
-            empty | ((maxima == low) & (minima == high)),
+            key_values(np.where(empty, 0, maximum), dtype),
+            key_values(np.where(empty, 0, minimum), dtype),
+            empty,
             coefficient,
-            ranking.largest,
-        )
-
-    nodes: list[tuple[float, int, int, int, int]] = []
-    # A node: (-bound, first token, unit position, kind, segment); the kinds, in turn:
-    whole_segment, page_of_rows, special_rows = 0, 1, 2
-    segment_score = score(bounds.maximum[:, columns], bounds.minimum[:, columns], c)
-    for kind, table in (
-        (whole_segment, segment_score),
-        *(
-            [(special_rows, score(bounds.special_maximum[:, columns], bounds.special_minimum[:, columns], c))]
-            if rows.special
-            else []
-        ),
-    ):
-        position, column = np.nonzero((table >= ranking.threshold) & (table > -np.inf))
-        nodes += zip(
-            (-table[position, column]).tolist(),
-            (numbers[column] * spec.segment_rows).tolist(),
-            position.tolist(),
-            [kind] * len(position),
-            numbers[column].tolist(),
-            strict=True,
-        )
-    heapq.heapify(nodes)
-    blocks: dict[tuple[int, int, int], npt.NDArray[np.float32]] = {}
-    while nodes:
-        bound, token, position, kind, segment = heapq.heappop(nodes)
-        unit = int(units[position])
-        if not ranking.beats(-bound, layer, token, unit):
-            # The heap is ordered by (bound, token, unit) as the answers are within a layer.
-            break
-        if kind == whole_segment:
-            zones = array.zones(segment)
-            page_score = score(
-                zones.row("page_max", layer, unit)[None], zones.row("page_min", layer, unit)[None],
-                c[position : position + 1],
-            )[0]
-            for page in np.flatnonzero(page_score > -np.inf):
-                if segment in pages and not (page < len(pages[segment]) and pages[segment][page]):
-                    continue
-                first = token + int(page) * PAGE_ROWS
-                if ranking.beats(float(page_score[page]), layer, first, unit):
-                    node = (-float(page_score[page]), first, position, page_of_rows, segment)
-                    heapq.heappush(nodes, node)
-            continue
-        effort.pages_read += 1
-        length = array.rows_of(segment)
-        base = segment * spec.segment_rows
-        special = rows.special_rows(segment)
-        if kind == special_rows:
-            offsets = np.flatnonzero(special & rows.within(segment, length)).astype(np.int64)
-            raw = spec.dtype.to_float32(array.reader.cells(segment, layer, offsets, unit))
-        else:
-            start = token - base
-            stop = min(start + PAGE_ROWS, length)
-            chunk, inside = divmod(unit, spec.chunk_width)
-            place = (segment, start, chunk)
-            if place not in blocks:
-                if len(blocks) >= 64:
-                    blocks.pop(next(iter(blocks)))
-                blocks[place] = spec.dtype.to_float32(
-                    array.reader.window(segment, layer, start, stop, [chunk])
-                )
-            mask = ~special[start:stop]
-            if rows.rows is not None:
-                mask &= rows.within(segment, length)[start:stop]
-            offsets = start + np.flatnonzero(mask)
-            raw = blocks[place][mask, inside]
-        ranking.offer(
-            Candidates(
-                derived_value(raw, c[position]),
-                np.full(len(raw), layer, np.int64),
-                base + offsets,
-                np.full(len(raw), unit, np.int64),
-            )
+            self._ranking.largest,
         )
 
 
@@ -237,7 +283,10 @@ Window = tuple[int, int, npt.NDArray[np.float32]]
 
 
 def search_scan(
-    windows: Iterator[Window], segment_rows: int, units: UnitSelection, rows: RowSelection,
+    windows: Iterator[Window],
+    segment_rows: int,
+    units: UnitSelection,
+    rows: RowSelection,
     ranking: Ranking,
 ) -> int:
     """Offer every value of a stream of windows; returns the cells looked at.

@@ -28,10 +28,12 @@ from actstore.store.reader import StoredArray, StoreReader
 from actstore.store.vocabulary import PassType, parse_location
 
 if TYPE_CHECKING:
+    from duckdb import DuckDBPyRelation
     from torch import Tensor
 
     from actstore.query.examples import Examples
     from actstore.query.results import TopK
+    from actstore.query.sql import Parameters, Sql
     from actstore.store.verification import VerifyReport
 
 __all__ = ["Store"]
@@ -66,7 +68,9 @@ class Store:
         self._indexes: dict[str, UnitIndex] = {}
 
     def close(self) -> None:
-        """Release the open files."""
+        """Release the open files and the snapshot."""
+        if "_sql" in self.__dict__:
+            self._sql.close()
         self.reader.close()
 
     def __enter__(self) -> Self:
@@ -322,13 +326,51 @@ class Store:
 
         return examples(self, name, unit, **options)
 
+    @cached_property
+    def _sql(self) -> "Sql":
+        from actstore.query.sql import Sql
+
+        return Sql(self.reader)
+
+    def sql(
+        self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None
+    ) -> "duckdb.DuckDBPyRelation":
+        """One SELECT over the metadata tables; see :meth:`actstore.query.sql.Sql.relation`."""
+        return self._sql.relation(query, params)
+
+    def rows_where(self, where: str) -> npt.NDArray[np.int64]:
+        """Ascending global rows that a SQL predicate allows; see :meth:`Sql.rows_where`."""
+        return self._sql.rows_where(where)
+
+    def units_where(self, units: str, table: str = "neurons") -> list[tuple[int, int]]:
+        """(layer, unit) pairs that a SQL predicate allows; see :meth:`Sql.units_where`."""
+        return self._sql.units_where(units, table)
+
     def verify(self) -> "VerifyReport":
         """Check every byte of the store; see :func:`actstore.store.verification.verify_store`."""
         from actstore.store.verification import verify_store
 
         return verify_store(self.path)
 
+    @cached_property
+    def _sql(self) -> "Sql":
+        from actstore.query.sql import Sql
+
+        return Sql(self.reader)
+
+    def sql(self, query: str, parameters: "Parameters" = None) -> "DuckDBPyRelation":
+        """The result of one SQL query over the metadata; see :class:`actstore.query.sql.Sql`."""
+        return self._sql.relation(query, parameters)
+
     # What searches need
+
+    def rows_where(self, where: str) -> npt.NDArray[np.int64]:
+        """Ascending global rows that a SQL predicate allows; see :meth:`Sql.rows_where`."""
+        return self._sql.rows_where(where)
+
+    def units_where(self, units: str, table: str = "neurons") -> list[tuple[int, int]]:
+        """(layer, unit) pairs that a SQL predicate allows; see :meth:`Sql.units_where`."""
+        return self._sql.units_where(units, table)
 
     def coefficients(self, declared: DerivedScalar, layer: int) -> npt.NDArray[np.float64]:
         """The factor between raw and derived value per unit, float64 ``(unit,)``."""
@@ -350,10 +392,22 @@ class Store:
         Returns:
             float32 ``(token, unit)``, all unit axes together as :meth:`unit_shape` has
             them. Pairs whose attended token lies ahead or nowhere are NaN: they are none.
+
+        Raises:
+            InvalidInput: the window is larger than one call may return.
         """
         import torch
 
-        values = self.sources.sequence(self.row_map.sequence(sequence))
+        place = self.row_map.sequence(sequence)
+        size = 4 * place.length * int(np.prod(self.unit_shape(declared)))
+        if size > self.max_result_bytes:
+            raise InvalidInput(
+                f"{declared.name} of one sequence is {size:,} bytes, more than the limit of "
+                f"{self.max_result_bytes:,}. Ask for rows of it with `derive(tokens=…)`, or open "
+                "the store with a greater `max_result_bytes`.",
+                kind=ErrorKind.TOO_LARGE,
+            )
+        values = self.sources.sequence(place)
         value = evaluate(declared, values, layer if declared.has_layers else None)
         value = value.to(torch.float32)
         if declared.is_pair_shaped:

@@ -24,6 +24,7 @@ from actstore.store.model.readout import READOUT_KEY
 from actstore.store.model.weights import ModelWeights, open_model
 from actstore.store.reader import StoreReader
 from actstore.store.sections import open_sections
+from actstore.store.selfcheck import read_selfchecks
 from actstore.store.vocabulary import (
     ActivationLocationType,
     Dimension,
@@ -123,6 +124,11 @@ class Sources:
                 self._weight_bytes -= self._weights.popitem(last=False)[1].nbytes
         return tensor
 
+    @cached_property
+    def errors(self) -> dict[str, float]:
+        """The worst error that self-checks measured, by location."""
+        return read_selfchecks(self.reader.blobs)
+
     def _has_weight(self, name: WeightName) -> bool:
         architecture = self.model.architecture
         if isinstance(name, WeightLocationType):
@@ -205,8 +211,11 @@ class Sources:
         self, location: ActivationLocationType, pass_type: PassType = PassType.FORWARD
     ) -> str:
         """Where a location's values come from, for people."""
-        if (location, pass_type) in self.reader.arrays:
-            return f"stored {self.reader.arrays[location, pass_type].spec.dtype.value}"
+        array = self.reader.arrays.get((location, pass_type))
+        if array is not None:
+            error = self.errors.get(location.label) if pass_type is PassType.FORWARD else None
+            measured = "" if error is None else f" (measured error {error:.1e})"
+            return f"stored {array.spec.dtype.value}{measured}"
         if self.kind(location, pass_type) == "needs a model":
             return "needs a model"
         layers = self._layers(location)

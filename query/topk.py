@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from actstore.query.bounds import derived_value
-from actstore.query.derived import DerivedScalar, scalar
+from actstore.query.derived import UNIT_ARGUMENTS, DerivedScalar, scalar
 from actstore.query.ranking import Candidates, Grouping, Ranking
 from actstore.query.results import Certificate, TopK
 from actstore.query.search import (
@@ -32,21 +32,12 @@ from actstore.store.vocabulary import ActivationLocationType, Dimension
 if TYPE_CHECKING:
     from actstore.query.session import Store
 
-__all__ = ["SCAN_CELLS", "UNIT_ARGUMENTS", "Query", "scaled_array", "topk"]
+__all__ = ["SCAN_CELLS", "Query", "scaled_array", "topk"]
 
 SCAN_CELLS = 4_000_000_000
 """Values that a query may look at without an index: about a minute of one core."""
 
 _WINDOW_CELLS = 4_000_000
-UNIT_ARGUMENTS = {
-    Dimension.NEURON: "neurons",
-    Dimension.HEAD: "heads",
-    Dimension.LATENT: "latents",
-    Dimension.CHANNEL: "channels",
-    Dimension.HEAD_CHANNEL: "channels",
-    Dimension.ATTENDED: "attended",
-}
-
 Indices = int | Sequence[int] | None
 By = Literal["value", "magnitude"]
 
@@ -108,7 +99,11 @@ def topk(
         name: a derived scalar, such as ``mlp_write_norm``, or a location's name.
         k: number of answers; with ``per``, of each group.
         layers: layers that may answer; all by default.
-        neurons, heads, latents, channels, attended: units that may answer; all by default.
+        neurons: neurons that may answer; all by default.
+        heads: heads that may answer, for scalars of heads.
+        latents: autoencoder latents that may answer.
+        channels: residual or head channels that may answer.
+        attended: positions of attended tokens that may answer, for scalars of pairs.
         where: SQL predicate over the columns of tokens, sequences and documents.
         units: SQL predicate over the columns of ``neurons`` (or ``heads``), or
             (layer, unit) pairs.
@@ -139,7 +134,10 @@ def topk(
         declared,
         layers,
         {
-            "neurons": neurons, "heads": heads, "latents": latents, "channels": channels,
+            "neurons": neurons,
+            "heads": heads,
+            "latents": latents,
+            "channels": channels,
             "attended": attended,
         },
         units,
@@ -162,10 +160,7 @@ def topk(
             sources.add(source)
             cells += looked
             kept.append(ranking.best)
-        if by == "magnitude":
-            best = _by_magnitude(query, kept, largest)
-        else:
-            best = kept[0]
+        best = _by_magnitude(query, kept, largest) if by == "magnitude" else kept[0]
         effort.bound = float(best.value[-1]) if len(best) >= k else float("-inf")
         found.append(best)
     answer = Candidates.join(found)
@@ -208,9 +203,7 @@ def scaled_array(store: "Store", declared: DerivedScalar) -> ScaledArray | None:
     )
 
 
-def _windows(
-    query: Query, units: UnitSelection, max_cells: int
-) -> tuple[Iterator[Window], str]:
+def _windows(query: Query, units: UnitSelection, max_cells: int) -> tuple[Iterator[Window], str]:
     """Values of a scalar that no index covers, in windows within segments."""
     store, declared = query.store, query.scalar
     reader = store.reader
@@ -284,10 +277,10 @@ def _select_units(
             raise _invalid(f"{declared.name} has no {name}; its units are chosen by: {usable}.")
     grid = np.arange(int(np.prod(sizes))).reshape(sizes)
     restricted = False
-    for axis, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        if name is not None and arguments[name] is not None:
+    for axis, (argument, size) in enumerate(zip(names, sizes, strict=True)):
+        if argument is not None and arguments[argument] is not None:
             restricted = True
-            wanted = _indices(arguments[name], size, name, ErrorKind.UNKNOWN_UNIT)
+            wanted = _indices(arguments[argument], size, argument, ErrorKind.UNKNOWN_UNIT)
             grid = np.take(grid, np.array(wanted, np.int64), axis)
     chosen = np.sort(grid.reshape(-1)) if restricted else None
     by_layer = None
@@ -324,9 +317,7 @@ def _groups(query: Query, per: str | None) -> list[UnitSelection]:
     if per == "layer":
         return [units.only_layer(layer) for layer in units.layers]
     if len(query.scalar.axes) == 1 and per == query.scalar.axes[0].value:
-        return [
-            units.only(layer, int(unit)) for layer in units.layers for unit in units.of(layer)
-        ]
+        return [units.only(layer, int(unit)) for layer in units.layers for unit in units.of(layer)]
     axes = [axis.value for axis in query.scalar.axes] if len(query.scalar.axes) == 1 else []
     raise _invalid(f"per is {per!r}; {query.scalar.name} allows: {', '.join(['layer', *axes])}.")
 
@@ -409,5 +400,3 @@ def _certificate(
 
 def _invalid(message: str) -> InvalidInput:
     return InvalidInput(message, kind=ErrorKind.INVALID_ARGUMENT)
-
-

@@ -9,10 +9,10 @@ import errno
 import os
 import platform
 import uuid
-from zlib import crc32
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
+from zlib import crc32
 
 from actstore.store.errors import ErrorKind, StoreDamaged, WriteFailed
 
@@ -44,7 +44,7 @@ class Blobs(Protocol):
         """Whether ``key`` is published."""
         ...
 
-    def keys(self, prefix: str = "") -> Iterator[str]:
+    def listing(self, prefix: str = "") -> Iterator[str]:
         """All keys below the folder ``prefix``, temporary ones included, sorted."""
         ...
 
@@ -120,7 +120,7 @@ class LocalBlobs:
         except OSError as error:
             raise write_failed(final, error) from error
 
-    def keys(self, prefix: str = "") -> Iterator[str]:
+    def listing(self, prefix: str = "") -> Iterator[str]:
         """All keys below a folder, sorted."""
         base = self.root / prefix
         found = [
@@ -136,7 +136,7 @@ class LocalBlobs:
         Those of live processes and of other machines are left alone.
         """
         swept = []
-        for key in self.keys():
+        for key in self.listing():
             name = key.rsplit("/", 1)[-1]
             if TEMPORARY_MARK in name and _is_dead(name.split(TEMPORARY_MARK, 1)[1]):
                 self.delete(key)
@@ -193,8 +193,7 @@ def _is_dead(mark: str) -> bool:
 
 def _write_synced(path: Path, parts: Iterable[Part]) -> None:
     with open(path, "xb") as file:
-        for part in parts:
-            file.write(part)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 

@@ -63,12 +63,14 @@ class IndexFile:
     Attributes:
         coverage: the commit records it was made from.
         segments: the covered segments, ascending.
+        path: as given.
 
     Raises:
         StoreDamaged: the file is missing, or not the index of that array and coverage.
     """
 
     def __init__(self, root: Path, path: str, spec: ArraySpec) -> None:
+        self.path = path
         self._file = SectionFile(root / path, path)
         attributes = self._file.attributes
         try:
@@ -128,7 +130,8 @@ class IndexFile:
 def publish_index(reader: StoreReader, array: StoredArray) -> str | None:
     """Write the compacted index of an array over the segments that the reader sees.
 
-    Works a layer at a time, on top of an older index whose segments come first.
+    Works a layer at a time, on top of an older index whose segments come first. A sound
+    file that is there already is kept, a damaged one made anew.
 
     Returns:
         The file's path inside the store; None when no segment is committed.
@@ -141,19 +144,23 @@ def publish_index(reader: StoreReader, array: StoredArray) -> str | None:
     path = _index_path(array.spec, coverage)
     if not len(coverage):
         return None
-    if not reader.blobs.exists(path):
-        older = newest_index_file(reader.root, array.spec, coverage)
-        if older is not None and not older.coverage.is_beginning_of(coverage):
-            older = None
-        row_dtype = _row_dtype(array.spec, array.segments)
-        attributes = {
-            "array": array.spec.key,
-            "coverage": coverage.to_json(),
-            "depth": list_depth(len(array.segments)),
-            "rows": row_dtype.str,
-        }
-        sections = _LayerSections(array, older, row_dtype)
-        reader.blobs.publish(path, encode_sections(sections, attributes))
+    if _is_sound(reader.root, path):
+        return path
+    reader.blobs.delete(path)
+    older = newest_index_file(reader.root, array.spec, coverage, skip_damaged=True)
+    if older is not None and not (
+        older.coverage.is_beginning_of(coverage) and _is_sound(reader.root, older.path)
+    ):
+        older = None
+    row_dtype = _row_dtype(array.spec, array.segments)
+    attributes = {
+        "array": array.spec.key,
+        "coverage": coverage.to_json(),
+        "depth": list_depth(len(array.segments)),
+        "rows": row_dtype.str,
+    }
+    sections = _LayerSections(array, older, row_dtype)
+    reader.blobs.publish(path, encode_sections(sections, attributes))
     return path
 
 
@@ -257,22 +264,45 @@ class ByteCache:
         return value
 
 
-def newest_index_file(root: Path, spec: ArraySpec, committed: Coverage) -> IndexFile | None:
-    """The compacted file that covers most of the committed segments."""
+def newest_index_file(
+    root: Path, spec: ArraySpec, committed: Coverage, *, skip_damaged: bool = False
+) -> IndexFile | None:
+    """The compacted file that covers most of the committed segments.
+
+    Args:
+        root: the store's directory.
+        spec: the array.
+        committed: the commit records that the reader sees.
+        skip_damaged: pass over a damaged file instead of raising.
+
+    Raises:
+        StoreDamaged: a compacted file is malformed.
+    """
     best: IndexFile | None = None
     for path in index_paths(root, spec):
         try:
             file = IndexFile(root, path, spec)
         except StoreDamaged as error:
             # Compaction may have removed it since: what replaced it covers more than we see.
-            if error.kind is ErrorKind.MISSING_FILE:
+            if skip_damaged or error.kind is ErrorKind.MISSING_FILE:
                 continue
             raise
-        if file.coverage.is_within(committed) and (
-            best is None or len(file.coverage) > len(best.coverage)
-        ):
+        is_wider = best is None or len(file.coverage) > len(best.coverage)
+        if is_wider and file.coverage.is_within(committed):
             best = file
     return best
+
+
+def _is_sound(root: Path, path: str) -> bool:
+    if not (root / path).exists():
+        return False
+    try:
+        file = SectionFile(root / path, path)
+        file.verify()
+        file.close()
+    except StoreDamaged:
+        return False
+    return True
 
 
 def _index_path(spec: ArraySpec, coverage: Coverage) -> str:

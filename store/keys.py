@@ -19,7 +19,8 @@ def ordered_keys(values: npt.NDArray[Any], dtype: StoredDtype) -> npt.NDArray[An
     """Signed integer keys with the order of the stored values.
 
     Args:
-        values: stored values of ``dtype``, any shape.
+        values: stored values, any shape.
+        dtype: how they are stored.
 
     Returns:
         Keys of the same shape; NaN keys lie beyond ``infinity_key`` on either side.
@@ -29,7 +30,7 @@ def ordered_keys(values: npt.NDArray[Any], dtype: StoredDtype) -> npt.NDArray[An
     """
     bits = values.view(dtype.keys)
     magnitude = dtype.keys.type(np.iinfo(dtype.keys).max)
-    keys = bits ^ ((bits >> (8 * dtype.keys.itemsize - 1)) & magnitude)
+    keys: npt.NDArray[Any] = bits ^ ((bits >> (8 * dtype.keys.itemsize - 1)) & magnitude)
     # Folding sends -0.0 to -1, next to 0; nothing else maps there.
     keys += keys == -1
     return keys
@@ -45,7 +46,11 @@ def key_values(keys: npt.NDArray[Any], dtype: StoredDtype) -> npt.NDArray[np.flo
 
 def infinity_key(dtype: StoredDtype) -> int:
     """The key of plus infinity; a larger one is NaN."""
-    bits = {StoredDtype.FLOAT16: 0x7C00, StoredDtype.BFLOAT16: 0x7F80, StoredDtype.FLOAT32: 0x7F800000}
+    bits = {
+        StoredDtype.FLOAT16: 0x7C00,
+        StoredDtype.BFLOAT16: 0x7F80,
+        StoredDtype.FLOAT32: 0x7F800000,
+    }
     return bits[dtype]
 
 

@@ -73,7 +73,9 @@ class StoredDtype(StrEnum):
     @property
     def fill(self) -> Any:
         """NaN, in the storage dtype."""
-        return self.storage.type(0x7FC0) if self is StoredDtype.BFLOAT16 else self.storage.type("nan")
+        return (
+            self.storage.type(0x7FC0) if self is StoredDtype.BFLOAT16 else self.storage.type("nan")
+        )
 
     def to_float32(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Exact float32 values of stored ones."""
@@ -273,9 +275,7 @@ def array_metadata(spec: ArraySpec, segments: int) -> bytes:
     one_head = len(spec.unit_shape) > 1
     inner_units = [1, spec.chunk_width] if one_head else [spec.chunk_width]
     # Zarr wants the shard to be a whole number of chunks; the array's edge cuts it.
-    shard_units = (
-        list(spec.unit_shape) if one_head else [spec.column_chunks * spec.chunk_width]
-    )
+    shard_units = list(spec.unit_shape) if one_head else [spec.column_chunks * spec.chunk_width]
     names = [] if spec.layers is None else [Dimension.LAYER]
     is_bfloat16 = spec.dtype is StoredDtype.BFLOAT16
     return _metadata(

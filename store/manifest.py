@@ -181,7 +181,7 @@ def read_manifest(blobs: LocalBlobs) -> StoreManifest:
 def read_sets(blobs: LocalBlobs, segment_rows: int) -> dict[str, SetRecord]:
     """Every set of a store by name, verified."""
     sets = {}
-    for key in blobs.keys("commits"):
+    for key in blobs.listing("commits"):
         if key.endswith("/set.json"):
             fields = decode_record(blobs.read(key), key)
             sets[fields["set"]] = SetRecord(

@@ -20,7 +20,7 @@ from actstore.store.sections import SectionFile
 from actstore.store.shards import Descriptors, ShardReader
 from actstore.store.vocabulary import ActivationLocationType, PassType
 
-__all__ = ["StoredArray", "StoreReader"]
+__all__ = ["StoreReader", "StoredArray"]
 
 _T = TypeVar("_T")
 

@@ -43,7 +43,7 @@ def publish_selfcheck(blobs: LocalBlobs, check: SelfCheck) -> None:
 def read_selfchecks(blobs: LocalBlobs) -> dict[str, float]:
     """The worst error of each location over all replays; empty before the first."""
     worst: dict[str, float] = {}
-    for key in blobs.keys(FOLDER):
+    for key in blobs.listing(FOLDER):
         if key.endswith(".json"):
             for location, error in decode_record(blobs.read(key), key)["errors"].items():
                 worst[location] = max(worst.get(location, 0.0), error)

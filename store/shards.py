@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -111,7 +112,7 @@ def block_checksums(spec: ArraySpec, chunks: npt.NDArray[Any]) -> npt.NDArray[np
         uint32 ``(layer, row_chunk, column_chunk, block)``.
     """
     size = spec.checksum_rows * spec.chunk_width * spec.dtype.storage.itemsize
-    view = memoryview(chunks.reshape(-1).view(np.uint8))
+    view = chunks.reshape(-1).view(np.uint8).data
     table = np.fromiter(
         (crc32c(view[start : start + size]) for start in range(0, len(view), size)),
         np.uint32,
@@ -259,7 +260,7 @@ class ShardReader:
                     for column_chunk in range(spec.column_chunks)
                 ]
             read = self._read(segment, ranges)
-            for begin, end in zip(starts[:-1], starts[1:], strict=True):
+            for begin, end in pairwise(starts):
                 inside = offsets[begin:end] % spec.checksum_rows
                 target = order[part[begin:end]]
                 for column_chunk in range(spec.column_chunks):
@@ -277,7 +278,9 @@ class ShardReader:
         per_chunk = spec.chunk_rows // spec.checksum_rows
         blocks, inverse = np.unique(offsets // spec.checksum_rows, return_inverse=True)
         ranges = [
-            _Range(layer, int(b) // per_chunk, column_chunk, int(b) % per_chunk, int(b) % per_chunk + 1)
+            _Range(
+                layer, int(b) // per_chunk, column_chunk, int(b) % per_chunk, int(b) % per_chunk + 1
+            )
             for b in blocks
         ]
         found = [block[:, inside] for block in self._read(segment, ranges)]

@@ -11,18 +11,27 @@ new ones are published: whoever has one open keeps its file, and a reader that c
 late makes its own.
 """
 
+import errno
 import os
-import shutil
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 from crc32c import crc32c
 
-from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs, write_failed, writer_id
+from actstore.store.blobs import (
+    TEMPORARY_MARK,
+    LocalBlobs,
+    missing_file,
+    write_failed,
+    writer_id,
+)
 from actstore.store.commits import lock_segment, read_commits
 from actstore.store.coverage import Coverage
 from actstore.store.errors import ErrorKind, StoreDamaged, WriteFailed
@@ -35,20 +44,315 @@ from actstore.store.tables import fill_tables
 
 __all__ = ["CompactionResult", "Snapshot", "compact", "newest_snapshot", "open_snapshot"]
 
-FOLDER = "catalog"
-
 CHECKED_BYTES = 256 * 2**20
 """Snapshots up to this size are checked whole when opened; DuckDB checks its blocks always."""
 
 MEMORY_ROWS = 2**17
 """Stores up to this many rows get their snapshot in memory when they have none on disk."""
 
+_FOLDER = "catalog"
 _PIECE = 8 * 2**20
+_LOCK_SECONDS = 300
 
-_HARDENED: Mapping[str, Any] = {
-    "enable_external_access": False,
-    "autoinstall_known_extensions": False,
-    "autoload_known_extensions": False,
-    "allow_community_extensions": False,
-    "python_enable_replacements": False,
-}
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An open snapshot.
+
+    Attributes:
+        connection: read-only SQL; nothing outside the database can be reached from it.
+        coverage: the commit records that the tables hold.
+        place: where the database is.
+        path: its file; None in memory.
+    """
+
+    connection: duckdb.DuckDBPyConnection
+    coverage: Coverage
+    place: Literal["store", "cache", "memory"]
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class CompactionResult:
+    """What compaction left behind.
+
+    Attributes:
+        coverage: hash of the records that the files cover.
+        indexes: the index files, one for each array with zone maps.
+        snapshot: the snapshot's file; None when nothing is committed.
+        removed: older files that these ones supersede.
+    """
+
+    coverage: str
+    indexes: tuple[str, ...]
+    snapshot: str | None
+    removed: tuple[str, ...]
+
+
+def open_snapshot(reader: StoreReader) -> Snapshot:
+    """A snapshot of everything that the reader sees, opened for reading.
+
+    Taken from the store if one there covers everything; else from the user's cache
+    (``XDG_CACHE_HOME/actstore/<store id>/<coverage>.duckdb``), made there when missing;
+    else, for a small store or an unwritable cache, made in memory.
+
+    Raises:
+        StoreDamaged: the snapshot, or a file that one is made from, fails its checksum.
+    """
+    coverage = Coverage.of_sets(reader.commits)
+    found = newest_snapshot(reader)
+    if found is not None and found[0] == coverage:
+        return Snapshot(_connect(found[1]), coverage, "store", found[1])
+    rows = sum(record.rows for record in reader.commits.get("base", {}).values())
+    if rows > MEMORY_ROWS:
+        try:
+            path = _cached(reader, coverage)
+            return Snapshot(_connect(path), coverage, "cache", path)
+        except WriteFailed:
+            pass
+    connection = duckdb.connect(":memory:", config=_options())
+    fill_tables(connection, reader)
+    return Snapshot(connection, coverage, "memory", None)
+
+
+def newest_snapshot(reader: StoreReader) -> tuple[Coverage, Path] | None:
+    """The store's snapshot that covers most of what the reader sees, verified.
+
+    Returns:
+        Its coverage and its file; None when the store has none that the reader may use.
+
+    Raises:
+        StoreDamaged: the snapshot or its record fails its checksum.
+    """
+    return _newest(reader.blobs, f"{_FOLDER}/", Coverage.of_sets(reader.commits))
+
+
+def compact(reader: StoreReader) -> CompactionResult:
+    """Publish the index of every array and the snapshot of what the reader sees.
+
+    Doing it again changes nothing. What is there and damaged is made anew: these files
+    follow from the committed segments.
+
+    Raises:
+        StoreDamaged: a file that they are made from fails its checksum.
+        WriteFailed: the disk is full, read-only or failing.
+    """
+    coverage = Coverage.of_sets(reader.commits)
+    if not len(coverage):
+        return CompactionResult(coverage.hash, (), None, ())
+    with _compaction_lock(reader.root) as is_alone:
+        zoned = [array for array in reader.arrays.values() if array.spec.has_zones]
+        published = [publish_index(reader, array) for array in zoned]
+        indexes = tuple(path for path in published if path is not None)
+        snapshot = _publish_snapshot(reader, reader.blobs, f"{_FOLDER}/", coverage)
+        # A database that another process has just published may be about to get its record.
+        removed = _remove_superseded(reader, coverage, indexes) if is_alone else []
+    return CompactionResult(coverage.hash, indexes, snapshot, tuple(removed))
+
+
+@contextmanager
+def _compaction_lock(root: Path) -> Iterator[bool]:
+    """Wait for the processes that compact this store; yields False when one takes too long."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        with lock_segment(root, "compaction", 0) as is_ours:
+            if is_ours or time.monotonic() > deadline:
+                yield is_ours
+                return
+        time.sleep(0.1)
+
+
+def _cached(reader: StoreReader, coverage: Coverage) -> Path:
+    """The snapshot in the user's cache, made if it is not there or not sound."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    blobs = LocalBlobs(base / "actstore" / reader.manifest.id)
+    try:
+        found = _newest(blobs, "", coverage)
+    except StoreDamaged:
+        found = None
+    if found is not None and found[0] == coverage:
+        return found[1]
+    path = _publish_snapshot(reader, blobs, "", coverage)
+    _remove_snapshots(blobs, "", coverage, coverage)
+    return blobs.path(path)
+
+
+def _newest(blobs: LocalBlobs, folder: str, committed: Coverage) -> tuple[Coverage, Path] | None:
+    best: tuple[Coverage, FileEntry] | None = None
+    for path in _records(blobs, folder):
+        # Compaction may remove what was listed: whoever finds nothing makes its own.
+        if not blobs.exists(path):
+            continue
+        coverage, entry = _read_record(blobs, path)
+        is_wider = best is None or len(coverage) > len(best[0])
+        if is_wider and coverage.is_within(committed) and blobs.exists(entry.path):
+            best = coverage, entry
+    if best is None:
+        return None
+    _verify(blobs, best[1])
+    return best[0], blobs.path(best[1].path)
+
+
+def _records(blobs: LocalBlobs, folder: str) -> list[str]:
+    names = (path.name for path in blobs.path(folder).glob("*.json"))
+    return sorted(f"{folder}{name}" for name in names if TEMPORARY_MARK not in name)
+
+
+def _read_record(blobs: LocalBlobs, path: str) -> tuple[Coverage, FileEntry]:
+    fields = decode_record(blobs.read(path), path)
+    try:
+        coverage = Coverage.from_json(fields["coverage"])
+        (entry,) = (FileEntry.from_json(one) for one in fields["files"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, "is not the record of a snapshot") from error
+    if path != f"{entry.path.removesuffix('.duckdb')}.json" or coverage.hash not in path:
+        raise _damaged(path, "holds the record of another snapshot")
+    return coverage, entry
+
+
+def _verify(blobs: LocalBlobs, entry: FileEntry) -> None:
+    try:
+        size = blobs.path(entry.path).stat().st_size
+        found = _entry(blobs, entry.path) if size <= CHECKED_BYTES else entry
+    except FileNotFoundError as error:
+        raise missing_file(entry.path) from error
+    if size != entry.size:
+        raise _damaged(entry.path, f"has {size} bytes, not {entry.size}")
+    if found != entry:
+        raise _damaged(entry.path, f"fails its checksum {entry.crc32c:08x}")
+
+
+def _entry(blobs: LocalBlobs, path: str) -> FileEntry:
+    size = checksum = 0
+    for piece in _pieces(blobs.path(path)):
+        size += len(piece)
+        checksum = crc32c(piece, checksum)
+    return FileEntry(path, size, checksum)
+
+
+def _publish_snapshot(
+    reader: StoreReader, blobs: LocalBlobs, folder: str, coverage: Coverage
+) -> str:
+    """Publish a snapshot and its record, unless they are there and sound."""
+    path, record = f"{folder}{coverage.hash}.duckdb", f"{folder}{coverage.hash}.json"
+    if blobs.exists(record):
+        try:
+            _verify(blobs, _read_record(blobs, record)[1])
+        except StoreDamaged:
+            blobs.delete(path)
+            blobs.delete(record)
+        else:
+            return path
+    # A database without a record is whole: its writer died, or is about to write the record.
+    entry = _entry(blobs, path) if blobs.exists(path) else _build(reader, blobs, path)
+    fields = {"coverage": coverage.to_json(), "files": [entry.to_json()]}
+    blobs.publish(record, [encode_record(fields)])
+    return path
+
+
+def _build(reader: StoreReader, blobs: LocalBlobs, path: str) -> FileEntry:
+    """Fill a database under a temporary name and publish it under ``path``."""
+    name = f"{path}{TEMPORARY_MARK}{writer_id()}-{uuid.uuid4().hex}"
+    temporary = blobs.path(name)
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            connection = duckdb.connect(str(temporary), config=_options())
+            try:
+                fill_tables(connection, reader)
+                connection.execute("CHECKPOINT")
+            finally:
+                connection.close()
+            return publish_file(blobs, path, _pieces(temporary))
+        finally:
+            for suffix in ("", ".wal"):
+                temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
+    except duckdb.IOException as error:
+        full = "space" in str(error).lower()
+        cause = OSError(errno.ENOSPC if full else errno.EIO, str(error))
+        raise write_failed(blobs.path(path), cause) from error
+    except OSError as error:
+        raise write_failed(blobs.path(path), error) from error
+
+
+def _remove_superseded(
+    reader: StoreReader, coverage: Coverage, indexes: tuple[str, ...]
+) -> list[str]:
+    """Delete derived files that the new ones make superfluous; list them.
+
+    A file that covers a record nobody has any more goes too; one that covers more than we
+    have seen belongs to a later compaction and stays.
+    """
+    blobs = reader.blobs
+    committed = Coverage.of_sets({name: read_commits(blobs, name) for name in reader.sets})
+    removed = _remove_snapshots(blobs, f"{_FOLDER}/", coverage, committed)
+    for array in reader.arrays.values():
+        for path in index_paths(reader.root, array.spec):
+            try:
+                stays = _stays(read_index_coverage(reader.root, path), coverage, committed)
+            except StoreDamaged:
+                stays = False
+            if path not in indexes and not stays:
+                blobs.delete(path)
+                removed.append(path)
+    return removed
+
+
+def _remove_snapshots(
+    blobs: LocalBlobs, folder: str, coverage: Coverage, committed: Coverage
+) -> list[str]:
+    removed: list[str] = []
+    kept = {f"{folder}{coverage.hash}.json"}
+    for record in _records(blobs, folder):
+        try:
+            if _stays(_read_record(blobs, record)[0], coverage, committed):
+                kept.add(record)
+        except StoreDamaged:
+            continue
+    names = {path.name for path in blobs.path(folder).glob("*.duckdb")}
+    databases = {f"{folder}{name}" for name in names}
+    wanted = {f"{record.removesuffix('.json')}.duckdb" for record in kept}
+    # The database first: a record without one is passed over, the reverse would be unknown.
+    for path in [*sorted(databases - wanted), *sorted(set(_records(blobs, folder)) - kept)]:
+        blobs.delete(path)
+        removed.append(path)
+    return removed
+
+
+def _stays(found: Coverage, new: Coverage, committed: Coverage) -> bool:
+    return found.is_within(committed) and not found.is_within(new)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            yield piece
+
+
+def _connect(path: Path) -> duckdb.DuckDBPyConnection:
+    try:
+        return duckdb.connect(str(path), read_only=True, config=_options())
+    except duckdb.Error as error:
+        raise _damaged(path.name, f"cannot be opened: {error}") from error
+
+
+def _options() -> dict[str, Any]:
+    """Settings that leave SQL nothing but the database, and no file beside it."""
+    return {
+        "enable_external_access": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "allow_community_extensions": False,
+        "python_enable_replacements": False,
+        # By default a large sort would spill into a folder next to the database.
+        "temp_directory": str(Path(tempfile.gettempdir()) / f"actstore-sql-{os.getpid()}"),
+        "lock_configuration": True,
+    }
+
+
+def _damaged(path: str, what: str) -> StoreDamaged:
+    return StoreDamaged(
+        f"{path} {what}. Run `actstore compact` to make it again.",
+        kind=ErrorKind.CHECKSUM_MISMATCH,
+    )

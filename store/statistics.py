@@ -123,7 +123,9 @@ def merge_moments(
             + right[:, 2]
             + np.where(count > 0, delta**3 * product * (left_count - right_count) / count**2, 0.0)
             + np.where(
-                count > 0, 3 * delta * (left_count * right[:, 1] - right_count * left[:, 1]) / count, 0
+                count > 0,
+                3 * delta * (left_count * right[:, 1] - right_count * left[:, 1]) / count,
+                0,
             )
         )
         m4 = (
@@ -131,10 +133,7 @@ def merge_moments(
             + right[:, 3]
             + np.where(
                 count > 0,
-                delta**4
-                * product
-                * (left_count**2 - product + right_count**2)
-                / count**3,
+                delta**4 * product * (left_count**2 - product + right_count**2) / count**3,
                 0.0,
             )
             + np.where(
@@ -146,7 +145,9 @@ def merge_moments(
                 0.0,
             )
             + np.where(
-                count > 0, 4 * delta * (left_count * right[:, 2] - right_count * left[:, 2]) / count, 0
+                count > 0,
+                4 * delta * (left_count * right[:, 2] - right_count * left[:, 2]) / count,
+                0,
             )
         )
     return np.stack([mean, m2, m3, m4], axis=1), count

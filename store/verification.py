@@ -81,7 +81,7 @@ def verify_store(
     """
     blobs = LocalBlobs(root)
     report = VerifyReport()
-    present = {key for key in blobs.keys() if not key.startswith("locks/")}
+    present = {key for key in blobs.listing() if not key.startswith("locks/")}
     report.temporary = sorted(key for key in present if TEMPORARY_MARK in key)
     present -= set(report.temporary)
     checks: dict[str, Callable[[], int]] = {}
@@ -124,7 +124,9 @@ def _expected(
             if path.startswith("model/"):
                 yield path, lambda: 0
     segments = 0
-    for folder in sorted({"/".join(k.split("/")[:2]) for k in present if k.startswith(PLAN_FOLDER)}):
+    for folder in sorted(
+        {"/".join(k.split("/")[:2]) for k in present if k.startswith(PLAN_FOLDER)}
+    ):
         path = f"{folder}/{RECORD_FILE}"
         yield path, lambda path=path: _record(blobs, path)  # type: ignore[misc]
         try:

@@ -12,6 +12,7 @@ from enum import Enum, StrEnum
 from actstore.store.errors import ErrorKind, InvalidInput
 
 __all__ = [
+    "PRESETS",
     "ActivationLocationType",
     "Dimension",
     "NodeType",
@@ -19,7 +20,6 @@ __all__ = [
     "WeightLocationType",
     "parse_location",
     "parse_locations",
-    "PRESETS",
 ]
 
 
@@ -81,71 +81,122 @@ class ActivationLocationType(Enum):
     """
 
     RESID_POST_EMBEDDING = _Location(
-        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, False, "hook_embed_sum",
+        (_D.CHANNEL,),
+        _N.RESIDUAL_STREAM_CHANNEL,
+        False,
+        "hook_embed_sum",
         "token plus position embedding, before block 0",
     )
     ATTN_INPUT_LAYER_NORM_SCALE = _Location(
-        (_D.SINGLETON,), _N.LAYER, True, "ln1.hook_scale",
+        (_D.SINGLETON,),
+        _N.LAYER,
+        True,
+        "ln1.hook_scale",
         "denominator of the norm before attention, sqrt(variance + eps)",
     )
     ATTN_QUERY = _Location(
-        (_D.HEAD, _D.HEAD_CHANNEL), _N.QK_CHANNEL, True, "attn.hook_q",
+        (_D.HEAD, _D.HEAD_CHANNEL),
+        _N.QK_CHANNEL,
+        True,
+        "attn.hook_q",
         "queries as the attention function received them",
     )
     ATTN_KEY = _Location(
-        (_D.HEAD, _D.HEAD_CHANNEL), _N.QK_CHANNEL, True, "attn.hook_k",
+        (_D.HEAD, _D.HEAD_CHANNEL),
+        _N.QK_CHANNEL,
+        True,
+        "attn.hook_k",
         "keys as the attention function received them",
     )
     ATTN_VALUE = _Location(
-        (_D.HEAD, _D.HEAD_CHANNEL), _N.V_CHANNEL, True, "attn.hook_v",
+        (_D.HEAD, _D.HEAD_CHANNEL),
+        _N.V_CHANNEL,
+        True,
+        "attn.hook_v",
         "values as the attention function received them",
     )
     ATTN_QK_LOGITS = _Location(
-        (_D.HEAD, _D.ATTENDED), _N.ATTENTION_HEAD, True, "attn.hook_attn_scores",
+        (_D.HEAD, _D.ATTENDED),
+        _N.ATTENTION_HEAD,
+        True,
+        "attn.hook_attn_scores",
         "scaled query-key products, minus infinity above the diagonal",
     )
     ATTN_QK_PROBS = _Location(
-        (_D.HEAD, _D.ATTENDED), _N.ATTENTION_HEAD, True, "attn.hook_pattern",
+        (_D.HEAD, _D.ATTENDED),
+        _N.ATTENTION_HEAD,
+        True,
+        "attn.hook_pattern",
         "attention probabilities over the attended tokens",
     )
     ATTN_WEIGHTED_SUM_OF_VALUES = _Location(
-        (_D.HEAD, _D.HEAD_CHANNEL), _N.V_CHANNEL, True, "attn.hook_z",
+        (_D.HEAD, _D.HEAD_CHANNEL),
+        _N.V_CHANNEL,
+        True,
+        "attn.hook_z",
         "values weighted by the probabilities, before the output projection",
     )
     RESID_DELTA_ATTN = _Location(
-        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, True, "hook_attn_out",
+        (_D.CHANNEL,),
+        _N.RESIDUAL_STREAM_CHANNEL,
+        True,
+        "hook_attn_out",
         "what attention adds to the residual stream, output bias included",
     )
     RESID_POST_ATTN = _Location(
-        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, True, "hook_resid_mid",
+        (_D.CHANNEL,),
+        _N.RESIDUAL_STREAM_CHANNEL,
+        True,
+        "hook_resid_mid",
         "residual stream after attention",
     )
     MLP_INPUT_LAYER_NORM_SCALE = _Location(
-        (_D.SINGLETON,), _N.LAYER, True, "ln2.hook_scale",
+        (_D.SINGLETON,),
+        _N.LAYER,
+        True,
+        "ln2.hook_scale",
         "denominator of the norm before the MLP, sqrt(variance + eps)",
     )
     MLP_PRE_ACT = _Location(
-        (_D.NEURON,), _N.MLP_NEURON, True, "mlp.hook_pre",
+        (_D.NEURON,),
+        _N.MLP_NEURON,
+        True,
+        "mlp.hook_pre",
         "MLP neurons before the activation function",
     )
     MLP_POST_ACT = _Location(
-        (_D.NEURON,), _N.MLP_NEURON, True, "mlp.hook_post",
+        (_D.NEURON,),
+        _N.MLP_NEURON,
+        True,
+        "mlp.hook_post",
         "MLP neurons after the activation function",
     )
     RESID_DELTA_MLP = _Location(
-        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, True, "hook_mlp_out",
+        (_D.CHANNEL,),
+        _N.RESIDUAL_STREAM_CHANNEL,
+        True,
+        "hook_mlp_out",
         "what the MLP adds to the residual stream, output bias included",
     )
     RESID_POST_MLP = _Location(
-        (_D.CHANNEL,), _N.RESIDUAL_STREAM_CHANNEL, True, "hook_resid_post",
+        (_D.CHANNEL,),
+        _N.RESIDUAL_STREAM_CHANNEL,
+        True,
+        "hook_resid_post",
         "residual stream after the MLP: the output of the block",
     )
     RESID_FINAL_LAYER_NORM_SCALE = _Location(
-        (_D.SINGLETON,), _N.LAYER, False, "ln_final.hook_scale",
+        (_D.SINGLETON,),
+        _N.LAYER,
+        False,
+        "ln_final.hook_scale",
         "denominator of the final norm, sqrt(variance + eps)",
     )
     LOGITS = _Location(
-        (_D.VOCABULARY,), _N.VOCAB_TOKEN, False, "logits",
+        (_D.VOCABULARY,),
+        _N.VOCAB_TOKEN,
+        False,
+        "logits",
         "the unembedding's output",
     )
 
@@ -243,9 +294,7 @@ PRESETS: dict[str, tuple[ActivationLocationType, ...]] = {
         _L.RESID_FINAL_LAYER_NORM_SCALE,
     ),
     "full": tuple(
-        location
-        for location in _L
-        if not location.is_pair_shaped and location is not _L.LOGITS
+        location for location in _L if not location.is_pair_shaped and location is not _L.LOGITS
     ),
 }
 """Named sets of locations; a set is stored in the order of the enumeration."""

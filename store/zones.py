@@ -69,8 +69,9 @@ def _describe_layer(
 ) -> dict[str, npt.NDArray[Any]]:
     keys = ordered_keys(np.ascontiguousarray(values), spec.dtype)
     limit = infinity_key(spec.dtype)
-    low, high = spec.dtype.keys.type(lowest_key(spec.dtype)), spec.dtype.keys.type(
-        highest_key(spec.dtype)
+    low, high = (
+        spec.dtype.keys.type(lowest_key(spec.dtype)),
+        spec.dtype.keys.type(highest_key(spec.dtype)),
     )
     has_nan = bool(keys.max(initial=0) > limit or keys.min(initial=0) < -limit - 1)
     missing = (keys > limit) | (keys < -limit - 1) if has_nan else None
@@ -108,7 +109,11 @@ def _describe_layer(
         [
             usable.sum(0, dtype=np.uint32),
             (for_max > 0).sum(0, dtype=np.uint32),
-            (missing[ordinary].sum(0, dtype=np.uint32) if missing is not None else np.zeros(spec.columns, np.uint32)),
+            (
+                missing[ordinary].sum(0, dtype=np.uint32)
+                if missing is not None
+                else np.zeros(spec.columns, np.uint32)
+            ),
         ],
         axis=1,
     )

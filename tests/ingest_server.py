@@ -11,7 +11,7 @@ The moments of a file that is not published yet:
 ``linked``   it has its final name; the directory is not synced, the temporary name is there
 
 What can happen: ``kill`` (SIGKILL to itself), ``fill`` (another program takes the rest of
-the disk), ``limit`` (writes past 1 KiB fail with EFBIG), ``pause`` (until the test goes on).
+the disk), ``limit`` (files longer than 8 bytes fail with EFBIG), ``pause`` (until the test goes on).
 """
 
 import contextlib
@@ -69,6 +69,7 @@ class Order:
         perturb: multiply captured values by 1 + 2^-6, as a device that is not
             deterministic might.
         lockless: let every lock be granted, as a file system without locks does.
+        compact_every: segments between two compactions.
         arguments: run the command line with these instead; the corpus is not implied.
     """
 
@@ -77,6 +78,7 @@ class Order:
     incidents: tuple[Incident, ...] = ()
     perturb: bool = False
     lockless: bool = False
+    compact_every: int = 2
     arguments: tuple[str, ...] = ()
 
 
@@ -140,6 +142,11 @@ class IngestServer:
         self._process.stdout.close()
         self._log.close()
 
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        return self._process.pid
+
     def start(self, store: Path, **choices: Any) -> int:
         """Begin an ingest; returns its process."""
         return int(self._ask({"start": asdict(Order(str(store), **choices))})["pid"])
@@ -184,9 +191,11 @@ def wait_for(path: Path) -> None:
 
 
 def _serve(folder: Path) -> None:
+    import pandas as pd  # pyarrow does on first use: once here, or in every child
     import tiny_ingest
     import torch
 
+    assert pd
     torch.set_num_threads(1)
     loaded = tiny_ingest.tiny_model()
     outcomes: dict[int, Path] = {}
@@ -270,6 +279,7 @@ def _install(order: Order) -> None:
     from actstore.ingest import pipeline, writer
     from actstore.store import blobs
 
+    pipeline._COMPACT_EVERY = order.compact_every
     if order.lockless:
 
         @contextlib.contextmanager
@@ -320,7 +330,7 @@ def _fill(incident: Incident) -> None:
 
 
 def _limit(_: Incident) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.RLIM_INFINITY))
 
 
 def _pause(incident: Incident) -> None:

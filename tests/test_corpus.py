@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Tokenizer as FastTokenizer
@@ -453,6 +453,7 @@ def test_texts_are_tokenised_whole_and_in_order(
     assert all(one.token_ids.dtype == np.int32 for one in found)
 
 
+@settings(max_examples=50, deadline=None)
 @given(batches=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=12))
 def test_batching_changes_nothing(batches: list[str]) -> None:
     tokenizer = _SHARED

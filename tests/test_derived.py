@@ -281,6 +281,16 @@ def test_a_layer_writes_its_neurons_sum_and_its_bias(store: Store) -> None:
         np.testing.assert_allclose(without.numpy()[layer] + bias, delta, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", sorted(SCALARS))
+def test_rows_have_the_values_of_their_sequence(store: Store, name: str) -> None:
+    tokens = [39, 2, 20, 2]
+    whole = store.derive(name, dtype="float64")
+    some = store.derive(name, tokens=tokens, dtype="float64")
+    index = torch.tensor(tokens)
+    expected = whole.values.index_select(whole.dims.index("token"), index).numpy()
+    assert np.array_equal(some.numpy(), expected, equal_nan=True)
+
+
 def test_the_coefficients_are_those_of_the_readout(store: Store) -> None:
     weights = store.sources.model.weight(WeightLocationType.MLP_TO_RESIDUAL, 1)
     found = store.coefficients(scalar("mlp_write_norm"), 1)

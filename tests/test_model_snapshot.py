@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -72,6 +73,10 @@ def write(loaded: LoadedModel, root: Path) -> Path:
     for key, parts in snapshot_files(loaded).items():
         assert blobs.publish(key, parts)
     return root
+
+
+def stored_keys(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 def expected_weights(model: GPT2LMHeadModel, layer: int) -> dict[W, torch.Tensor]:
@@ -296,7 +301,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(
     intact: Path, tmp_path: Path, data: st.DataObject
 ) -> None:
     expected = read_all(intact)
-    key = data.draw(st.sampled_from(list(LocalBlobs(intact).keys())), label="file")
+    key = data.draw(st.sampled_from(stored_keys(intact)), label="file")
     original = (intact / key).read_bytes()
     position = data.draw(st.integers(0, len(original) - 1), label="byte")
     damaged = bytearray(original)
@@ -361,7 +366,7 @@ def test_a_missing_file_is_named(intact: Path, tmp_path: Path) -> None:
 
 def test_the_record_holds_what_it_was_given(intact: Path) -> None:
     snapshot = ModelSnapshot.read(intact)
-    assert set(snapshot.files) | {SNAPSHOT_KEY} == set(LocalBlobs(intact).keys())
+    assert set(snapshot.files) | {SNAPSHOT_KEY} == set(stored_keys(intact))
     assert snapshot.architecture == "gpt2"
     for key, check in snapshot.files.items():
         assert check.size == (intact / key).stat().st_size
@@ -680,10 +685,31 @@ def test_a_hub_model_that_cannot_be_had_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(model_module, "model_info", offline)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InvalidInput, match="neither cached nor reachable") as refused:
         load_model("nobody-here/no-such-model", revision="v1")
     assert refused.value.kind is ErrorKind.INVALID_ARGUMENT
+
+
+def test_a_cached_hub_model_loads_offline_with_its_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--somebody--tiny"
+    folder = repository / "snapshots" / commit
+    tiny_gpt2().save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(model_module, "model_info", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, "main", commit):
+        loaded = load_model("somebody/tiny", revision=revision)
+        assert (loaded.name, loaded.revision) == ("somebody/tiny", commit)
+        assert loaded.fingerprint == load_model((tiny_gpt2(), None)).fingerprint
+        assert loaded.tokenizer is not None
+    with pytest.raises(InvalidInput, match="neither cached nor reachable"):
+        load_model("somebody/tiny", revision="another")
 
 
 @pytest.mark.parametrize(

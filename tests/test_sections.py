@@ -33,7 +33,9 @@ def test_slices_equal_the_array(tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_every_flipped_bit_is_found(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     path = write(
         tmp_path_factory.mktemp("flip") / "a", one=np.arange(1500, dtype="<i4"), two=np.ones(3)
     )
@@ -71,7 +73,9 @@ def test_a_missing_file_is_damage(tmp_path: Path) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=5
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner),
+    max_leaves=5,
 )
 
 
@@ -91,7 +95,7 @@ def test_publishing_keeps_what_is_there(tmp_path: Path) -> None:
     assert blobs.publish("a/b", [b"one", memoryview(b"two")])
     assert not blobs.publish("a/b", [b"three"])
     assert blobs.read("a/b") == b"onetwo"
-    assert list(blobs.keys()) == ["a/b"]
+    assert list(blobs.listing()) == ["a/b"]
 
 
 def test_sweeping_leaves_live_and_foreign_writers_alone(tmp_path: Path) -> None:
@@ -108,4 +112,4 @@ def test_sweeping_leaves_live_and_foreign_writers_alone(tmp_path: Path) -> None:
     for name in names.values():
         (tmp_path / name).write_bytes(b"")
     assert blobs.sweep() == [names["dead"]]
-    assert set(blobs.keys()) == {names["live"], names["foreign"]}
+    assert set(blobs.listing()) == {names["live"], names["foreign"]}

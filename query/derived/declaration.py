@@ -172,6 +172,8 @@ class DerivedScalar:
         dependence: how the value depends on raw values per unit.
         weights: the model's weights that the formula needs, of the value's own layer.
         formula: the function; None where ``dependence`` already says it.
+        row_wise: whether the formula gives a row the same bits without its neighbours. True
+            of elementwise products, not of matrix products.
     """
 
     name: str
@@ -183,6 +185,7 @@ class DerivedScalar:
     dependence: Dependence
     weights: tuple[WeightLocationType, ...] = ()
     formula: Formula | None = None
+    row_wise: bool = False
 
     def __post_init__(self) -> None:
         if self.name != self.name.lower() or not self.name.isidentifier():
@@ -190,6 +193,8 @@ class DerivedScalar:
         if not self.axes or not self.sources:
             raise _invalid(self.name, "at least one axis and one source are needed")
         implied = isinstance(self.dependence, Identity | ScaledBy)
+        if implied:
+            object.__setattr__(self, "row_wise", True)
         if implied == (self.formula is not None):
             raise _invalid(self.name, "a formula is needed unless the dependence is the formula")
         if implied and (

@@ -42,13 +42,19 @@ class RawValues(Protocol):
         ...
 
 
-def evaluate(declared: DerivedScalar, values: RawValues, layer: int | None) -> "Tensor":
+def evaluate(
+    declared: DerivedScalar,
+    values: RawValues,
+    layer: int | None,
+    rows: "Tensor | None" = None,
+) -> "Tensor":
     """The scalar at one layer of one sequence.
 
     Args:
         declared: what to compute.
         values: where its sources come from.
         layer: the layer, None for a scalar outside the blocks.
+        rows: positions to return, int64; all by default. The values are the same.
 
     Returns:
         float64 ``(token, *declared.axes)``, not to be written to.
@@ -58,18 +64,23 @@ def evaluate(declared: DerivedScalar, values: RawValues, layer: int | None) -> "
     """
     import torch
 
+    # What is wanted is taken out first where that cannot change a bit: a write vector per
+    # token and neuron is a thousand times its source.
+    early = rows if declared.row_wise else None
     sources = []
     for source in declared.sources:
         of, at = source.place(layer, values.n_layers)
-        sources.append(
-            values.raw(of, source.pass_type, at)
-            if isinstance(of, ActivationLocationType)
-            else evaluate(SCALARS[of], values, at)
-        )
+        if isinstance(of, ActivationLocationType):
+            value = values.raw(of, source.pass_type, at)
+            sources.append(value if early is None else value[early])
+        else:
+            sources.append(evaluate(SCALARS[of], values, at, early))
     if isinstance(declared.dependence, Identity):
         return sources[0]
     if isinstance(declared.dependence, ScaledBy):
         factor = torch.tensor(values.coefficients(declared, layer))
         return sources[0] * factor.reshape(sources[0].shape[1:])
     assert declared.formula is not None
-    return declared.formula(sources, [values.weight(weight, layer) for weight in declared.weights])
+    weights = [values.weight(weight, layer) for weight in declared.weights]
+    result = declared.formula(sources, weights)
+    return result if rows is None or declared.row_wise else result[rows]

@@ -82,6 +82,7 @@ def write(node: Node) -> DerivedScalar:
         dependence=General(),
         weights=(node.write_weight,),
         formula=_outer,
+        row_wise=True,
     )
 
 

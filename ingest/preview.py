@@ -1,0 +1,361 @@
+"""What an ingest would do and cost: planned beside its target, timed on a sample.
+
+Nothing is written to the target. The plan is made for real in a temporary folder, so its
+counts are those of the ingest; sizes follow from the layout's arithmetic; times come from
+a few batches that are captured and published there.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actstore.ingest.capture import Capture
+from actstore.ingest.estimate import Estimate, StoreSize, free_space
+from actstore.ingest.model import LoadedModel
+from actstore.ingest.pipeline import Corpus, PlannedIngest, plan_ingest
+from actstore.ingest.settings import IngestSettings, Progress
+from actstore.ingest.writer import SegmentAssembly
+from actstore.store.blobs import LocalBlobs
+from actstore.store.layout import PAGE_ROWS
+from actstore.store.plan import Plan, SegmentPlan
+from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE
+from actstore.store.publishing import publish_segment
+from actstore.store.reader import StoreReader
+from actstore.store.vocabulary import ActivationLocationType
+
+__all__ = ["PlanSummary", "Preview", "preview", "remaining_work"]
+
+_SAMPLE_SECONDS = 5.0
+_SAMPLE_BATCHES = 2
+_MOST_ROWS = 65536
+_TOKENIZER_AND_CONFIG = 4096
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """How a corpus is cut up: all plans of the store, those already in it included.
+
+    Attributes:
+        documents: source texts with at least one token.
+        sequences: model contexts.
+        tokens: token rows.
+        segments: units of work and commit.
+        batches: forward passes.
+        padded_tokens: tokens of all batches with their padding.
+        dropped: reason -> documents left out.
+        limited: whether ``limit_tokens`` ended the reading.
+        segments_committed: segments that need not be ingested again.
+        config: context, stride, BOS policy, rows of a segment, tokens of a batch.
+        arrays: ``location/pass`` -> dtype.
+    """
+
+    documents: int
+    sequences: int
+    tokens: int
+    segments: int
+    batches: int
+    padded_tokens: int
+    dropped: Mapping[str, int]
+    limited: bool
+    segments_committed: int
+    config: Mapping[str, Any]
+    arrays: Mapping[str, str]
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the padded tokens that is padding, between 0 and 1."""
+        return 1 - self.tokens / self.padded_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as JSON values."""
+        return {**asdict(self), "padding_share": self.padding_share}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A planned ingest that was not begun.
+
+    Attributes:
+        plan: how the corpus is cut up.
+        estimate: what the ingest would still write and take.
+    """
+
+    plan: PlanSummary
+    estimate: Estimate
+
+
+def preview(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    out: str | Path | None,
+    settings: IngestSettings,
+    progress: Progress | None = None,
+    *,
+    measure: bool = True,
+) -> Preview:
+    """Plan an ingest and estimate it; writes nothing to the target.
+
+    Args:
+        loaded: the model.
+        corpus: what to read; read once.
+        out: the store's directory. What it holds already is not counted again. None for a
+            new store.
+        settings: as for the ingest.
+        progress: told how far planning and measuring are, in tokens.
+        measure: run a sample for the times; without it they are None.
+
+    Raises:
+        StoreConflict: the path holds a store of another model, config or corpus.
+        InvalidInput: the corpus or a setting cannot be used.
+    """
+    target = Path.cwd() if out is None else Path(out)
+    with tempfile.TemporaryDirectory(prefix="actstore-") as folder:
+        root = Path(folder) / "store"
+        root.mkdir()
+        if out is not None:
+            _mirror(target, root)
+        planned = plan_ingest(loaded, corpus, root, settings, progress)
+        size = _size(planned)
+        times = (
+            _measure(planned, Path(folder) / "sample", progress)
+            if measure and planned.remaining
+            else None
+        )
+        padded = _padded_tokens(planned.outcome.plans, planned.remaining)
+        estimate = size.estimate(
+            seconds=None if times is None else times.total(padded, size.tokens),
+            rerun_seconds=None if times is None else times.forward * padded,
+            free_bytes=free_space(target),
+        )
+        return Preview(_summary(planned), estimate)
+
+
+def remaining_work(path: str | Path) -> Estimate:
+    """What an ingest that has planned and begun will still write, without times.
+
+    Args:
+        path: the store's directory.
+
+    Raises:
+        NotAStore: there is no store yet.
+    """
+    reader = StoreReader(path)
+    try:
+        committed = set(reader.segments)
+        remaining = {
+            number: plan.segment(number).n_rows
+            for plan in reader.plans
+            for number in range(plan.first_segment, plan.first_segment + plan.n_segments)
+            if number not in committed
+        }
+        size = StoreSize(
+            arrays=reader.sets["base"].arrays,
+            plans=tuple(reader.plans),
+            remaining=remaining,
+            n_layers=int(reader.manifest.model["dimensions"]["n_layers"]),
+            neurons=int(reader.manifest.model["dimensions"]["d_mlp"]),
+            vocabulary=int(reader.manifest.model["dimensions"]["vocabulary_size"]),
+        )
+        return size.estimate(seconds=None, rerun_seconds=None, free_bytes=free_space(reader.root))
+    finally:
+        reader.close()
+
+
+def _mirror(target: Path, root: Path) -> None:
+    """Show planning what the target holds, through links that it never writes through."""
+    for entry in sorted(target.iterdir()) if target.is_dir() else []:
+        if entry.name == PLAN_FOLDER:
+            (root / PLAN_FOLDER).mkdir()
+            # A folder without its record is one that planning would finish.
+            for record in entry.glob(f"*/{RECORD_FILE}"):
+                (root / PLAN_FOLDER / record.parent.name).symlink_to(record.parent.resolve())
+        else:
+            (root / entry.name).symlink_to(entry.resolve())
+
+
+def _summary(planned: PlannedIngest) -> PlanSummary:
+    counts = [plan.counts for plan in planned.outcome.plans]
+    config = planned.outcome.plans[-1].config
+    segments = sum(count.segments for count in counts)
+    return PlanSummary(
+        documents=sum(count.documents for count in counts),
+        sequences=sum(count.sequences for count in counts),
+        tokens=sum(count.tokens for count in counts),
+        segments=segments,
+        batches=sum(count.batches for count in counts),
+        padded_tokens=sum(count.padded_tokens for count in counts),
+        dropped=dict(planned.outcome.dropped),
+        limited=planned.outcome.limited,
+        segments_committed=segments - len(planned.remaining),
+        config={
+            "context": config.context,
+            "stride": config.stride,
+            "bos": config.bos,
+            "segment_rows": config.segment_rows,
+            "batch_tokens": config.batch_tokens,
+            "shuffle": config.shuffle,
+        },
+        arrays={spec.key: spec.dtype.value for spec in planned.set_record.arrays},
+    )
+
+
+def _size(planned: PlannedIngest) -> StoreSize:
+    dimensions = planned.loaded.dimensions
+    created = planned.outcome.created
+    plan_bytes = sum(entry.size for entry in created.files) if created else 0
+    return StoreSize(
+        arrays=planned.set_record.arrays,
+        plans=planned.outcome.plans,
+        remaining=planned.remaining,
+        n_layers=dimensions.n_layers,
+        neurons=dimensions.d_mlp,
+        vocabulary=dimensions.vocabulary_size,
+        model_bytes=_model_bytes(planned.loaded) if planned.is_new else 0,
+        plan_bytes=plan_bytes,
+        is_new=planned.is_new,
+        has_new_plan=created is not None,
+    )
+
+
+def _model_bytes(loaded: LoadedModel) -> int:
+    tokenizer = 0
+    if loaded.tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded.tokenizer.save_pretrained(folder)
+            tokenizer = sum(path.stat().st_size for path in Path(folder).iterdir())
+    return loaded.parameters.size + tokenizer + _TOKENIZER_AND_CONFIG
+
+
+def _padded_tokens(plans: Sequence[Plan], remaining: Mapping[int, int]) -> float:
+    """Padded tokens of the segments that remain."""
+    total = 0.0
+    for plan in plans:
+        numbers = range(plan.first_segment, plan.first_segment + plan.n_segments)
+        rows = sum(remaining.get(number, 0) for number in numbers)
+        total += plan.counts.padded_tokens * rows / plan.counts.tokens
+    return total
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of each step.
+
+    Attributes:
+        forward: of a padded token's forward pass, nothing kept.
+        captured: the same with its values kept.
+        published: of a row's publication.
+        overlap: whether the steps run beside each other.
+    """
+
+    forward: float
+    captured: float
+    published: float
+    overlap: bool
+
+    def total(self, padded_tokens: float, rows: int) -> float:
+        """Seconds of so many."""
+        steps = (self.captured * padded_tokens, self.published * rows)
+        return max(steps) if self.overlap else sum(steps)
+
+
+def _measure(planned: PlannedIngest, folder: Path, progress: Progress | None) -> _Times:
+    """Ingest a few batches into a folder of their own."""
+    plan = _sample_plan(planned, folder)
+    segment = plan.segment(0)
+    loaded, set_record = planned.loaded, planned.set_record
+    specs = tuple(replace(s, segment_rows=plan.config.segment_rows) for s in set_record.arrays)
+    assembly = SegmentAssembly(specs, segment)
+    done = forward = captured = 0.0
+    with Capture(loaded, [spec.location for spec in specs]) as capture:
+        # The first pass of a shape is slower than those that follow.
+        capture.stream(assembly.input_ids(segment.batches[0]), _ignore)
+        for batch in segment.batches:
+            ids = assembly.input_ids(batch)
+            started = _now(loaded)
+            capture.stream(ids, _ignore)
+            between = _now(loaded)
+            capture.stream(ids, assembly.sink)
+            forward += between - started
+            captured += _now(loaded) - between
+            done += ids.numel()
+            if progress is not None:
+                progress("measure", int(done), plan.counts.padded_tokens)
+            if forward + captured > _SAMPLE_SECONDS:
+                break
+    started = time.monotonic()
+    publish_segment(
+        LocalBlobs(folder),
+        replace(set_record, arrays=specs),
+        plan.hash,
+        segment,
+        assembly.buffers,
+    )
+    published = time.monotonic() - started
+    return _Times(
+        forward / done,
+        captured / done,
+        published / segment.n_rows,
+        overlap=loaded.device.type != "cpu",
+    )
+
+
+def _sample_plan(planned: PlannedIngest, folder: Path) -> Plan:
+    """A plan of some of the sequences that remain, in a segment of their own."""
+    number = min(planned.remaining)
+    plan = next(
+        plan
+        for plan in planned.outcome.plans
+        if plan.first_segment <= number < plan.first_segment + plan.n_segments
+    )
+    config = plan.config
+    least = max(4 * config.context, _SAMPLE_BATCHES * config.batch_tokens)
+    rows = min(-(-least // PAGE_ROWS) * PAGE_ROWS, config.segment_rows, _MOST_ROWS)
+    settings = replace(
+        planned.settings,
+        context=config.context,
+        stride=None,
+        bos="none",
+        segment_rows=rows,
+        batch_tokens=config.batch_tokens,
+        # Every dtype is known, so nothing is probed again.
+        dtype=",".join(
+            ["auto", *(f"{s.location}={s.dtype}" for s in planned.set_record.arrays)]
+        ),
+        limit_tokens=rows,
+        shuffle=None,
+        append=False,
+    )
+    ids = _sequences(plan.segment(number), rows)
+    sample = plan_ingest(planned.loaded, Corpus(ids), folder, settings)
+    return sample.outcome.plans[0]
+
+
+def _sequences(segment: SegmentPlan, rows: int) -> list[list[int]]:
+    """Whole batches from all over the segment, up to so many rows."""
+    order = np.random.default_rng(0).permutation(len(segment.batches))
+    chosen: list[list[int]] = []
+    total = 0
+    for number in order:
+        for member in segment.batches[number].members:
+            length = int(segment.length[member])
+            if total + length > rows and chosen:
+                return chosen
+            chosen.append(segment.sequence_token_ids(int(member)).tolist())
+            total += length
+    return chosen
+
+
+def _ignore(location: ActivationLocationType, layer: int | None, tensor: torch.Tensor) -> None:
+    """Keep nothing."""
+
+
+def _now(loaded: LoadedModel) -> float:
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize(loaded.device)
+    return time.monotonic()

@@ -1,0 +1,468 @@
+"""Nothing is lost: ingests that are killed, starved, paused and raced end as undisturbed ones.
+
+Every test compares with a store that nothing happened to: all files byte for byte, the
+snapshot row by row. The ingests run in processes of their own (``ingest_server``).
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ingest_server import Incident, IngestServer, Outcome, wait_for
+from tiny_ingest import differences, file_bytes, snapshot_rows
+
+from actstore.store.blobs import TEMPORARY_MARK
+from actstore.store.errors import ErrorKind, NotAStore, StoreDamaged, Unavailable
+from actstore.store.reader import StoreReader
+from actstore.store.shards import SegmentBuffer
+from actstore.store.verification import verify_store
+from actstore.store.vocabulary import ActivationLocationType
+from actstore.store.zones import describe_segment
+
+KILLS = 20
+SEED = 20240711
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """The store that nothing happened to.
+
+    Attributes:
+        path: the store.
+        files: its bytes, by path inside.
+        rows: its snapshot.
+        seconds: what its ingest took.
+    """
+
+    path: Path
+    files: dict[str, bytes]
+    rows: dict[str, list[str]]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IngestServer]:
+    with IngestServer(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    server: IngestServer, tmp_path_factory: pytest.TempPathFactory
+) -> Undisturbed:
+    path = tmp_path_factory.mktemp("undisturbed") / "store"
+    started = time.monotonic()
+    outcome = server.run(path)
+    seconds = time.monotonic() - started
+    assert outcome.status == 0, outcome.message
+    assert outcome.report["missing"] == 0
+    assert outcome.report["segments"] >= 5
+    return Undisturbed(path, file_bytes(path), snapshot_rows(path), seconds)
+
+
+def require_equal(store: Path, expected: Undisturbed, what: str) -> None:
+    """Fail unless a finished store equals the undisturbed one."""
+    different = differences(file_bytes(store), expected.files)
+    assert not different, f"After {what} these files differ: {different}"
+    rows = snapshot_rows(store)
+    assert rows.keys() == expected.rows.keys()
+    tables = [name for name in rows if rows[name] != expected.rows[name]]
+    assert not tables, f"After {what} these tables of the snapshot differ: {tables}"
+    report = verify_store(store)
+    assert report.ok, f"After {what} verify found {report.findings}"
+    assert not report.temporary, f"After {what} there is left: {report.temporary}"
+
+
+def require_sound(store: Path, what: str) -> None:
+    """Fail unless a store that was stopped in the middle is sound as far as it goes."""
+    try:
+        report = verify_store(store)
+    except NotAStore:
+        return
+    assert report.ok, f"After {what} verify found {report.findings}"
+
+
+def require_success(outcome: Outcome) -> None:
+    assert outcome.status == 0, f"{outcome.error}: {outcome.message}"
+
+
+# Kills
+
+
+def test_kills_at_random_moments_change_nothing(
+    server: IngestServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    rng = random.Random(SEED)
+    kills = stores = 0
+    while kills < KILLS:
+        store = tmp_path / f"store-{stores}"
+        stores += 1
+        delays = []
+        while True:
+            delays.append(rng.uniform(0, undisturbed.seconds))
+            pid = server.start(store)
+            time.sleep(delays[-1])
+            os.kill(pid, signal.SIGKILL)
+            outcome = server.wait(pid)
+            if not outcome.was_killed:
+                require_success(outcome)
+                break
+            kills += 1
+            require_sound(store, f"kills after {delays} s")
+        require_equal(store, undisturbed, f"kills after {delays} s")
+
+
+def test_a_kill_at_every_step_of_publishing_changes_nothing(
+    server: IngestServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    moments = ("before", "written", "linked")
+    kills: list[str] = []
+    while True:
+        # Each run publishes one file more than the one before, so that every file has its turn.
+        incident = Incident("kill", moments[len(kills) % len(moments)])  # type: ignore[arg-type]
+        outcome = server.run(store, incidents=(incident,))
+        if not outcome.was_killed:
+            require_success(outcome)
+            break
+        kills.append(f"{incident.moment} file {len(kills) // len(moments)}")
+        require_sound(store, f"a kill {kills[-1]}")
+    assert len(kills) >= len(moments) * len(undisturbed.files)
+    require_equal(store, undisturbed, f"{len(kills)} kills")
+
+
+def test_finished_ingest_run_again_changes_nothing(
+    server: IngestServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    store = shutil.copytree(undisturbed.path, tmp_path / "store")
+    before = file_states(store)
+    outcome = server.run(store)
+    require_success(outcome)
+    assert outcome.report["written"] == 0
+    assert file_states(store) == before
+
+
+def test_files_of_dead_writers_are_swept_and_those_of_live_ones_are_not(
+    server: IngestServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    killed = server.run(store, incidents=(Incident("kill", "written", "zones/*", 4),))
+    assert killed.was_killed
+    assert [path for path in store.rglob(f"*{TEMPORARY_MARK}*") if path.is_file()]
+
+    gate = tmp_path / "gate"
+    pausing = Incident("pause", "written", "arrays/mlp_post_act/*/c*", 2, str(gate))
+    pid = server.start(store, incidents=(pausing,))
+    wait_for(Path(f"{gate}.reached"))
+    left = [path.name for path in store.rglob(f"*{TEMPORARY_MARK}*")]
+    assert len(left) == 1, f"The dead writer's files should be gone, the live one's not: {left}"
+    assert f"-{pid}-" in left[0]
+
+    require_success(server.run(store))
+    assert (store / verify_store(store).temporary[0]).name == left[0]
+    gate.touch()
+    require_success(server.wait(pid))
+    require_equal(store, undisturbed, "a dead writer and a slow one")
+
+
+# Writers that meet
+
+
+FileState = tuple[int, int, bytes]
+
+
+def file_states(store: Path) -> dict[str, FileState]:
+    """Inode, time of change and bytes of every published file."""
+    found = {}
+    for path in store.rglob("*"):
+        key = path.relative_to(store).as_posix()
+        if path.is_file() and not key.startswith("locks/") and TEMPORARY_MARK not in key:
+            status = path.stat()
+            found[key] = status.st_ino, status.st_mtime_ns, path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("segment", "lockless"),
+    [
+        pytest.param(5, False, id="last-segment"),
+        pytest.param(0, True, id="first-segment-without-locks"),
+        pytest.param(3, True, id="middle-segment-without-locks"),
+    ],
+)
+@pytest.mark.parametrize("moment", ["before", "written"])
+@pytest.mark.parametrize("perturb", [False, True], ids=["same-values", "other-values"])
+def test_zombie_that_comes_back_changes_nothing(
+    server: IngestServer,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    segment: int,
+    lockless: bool,
+    moment: str,
+    perturb: bool,
+) -> None:
+    """A writer stops with a captured segment; another run commits everything; it goes on."""
+    store, gate = tmp_path / "store", tmp_path / "gate"
+    first = f"arrays/resid_post_embedding/forward/c.{segment}.0"
+    pausing = Incident("pause", moment, first, 1, str(gate))  # type: ignore[arg-type]
+    choices: dict[str, Any] = {"lockless": lockless, "perturb": perturb}
+    if segment == 0 or not perturb:
+        zombie = server.start(store, incidents=(pausing,), **choices)
+    else:
+        # Its own earlier segments would be published with its own values.
+        earlier = Incident("kill", "before", first)
+        assert server.run(store, incidents=(earlier,)).was_killed
+        zombie = server.start(store, incidents=(pausing,), **choices)
+    wait_for(Path(f"{gate}.reached"))
+    require_success(server.run(store, lockless=lockless))
+    finished = file_states(store)
+
+    gate.touch()
+    require_success(server.wait(zombie))
+    found = file_states(store)
+    assert found.keys() == finished.keys()
+    changed = [key for key in finished if found[key] != finished[key]]
+    assert not changed, f"The zombie changed {changed}"
+    require_equal(store, undisturbed, "a zombie's return")
+
+
+@pytest.mark.parametrize("published", [1, 2, 4])
+def test_writer_with_other_values_describes_what_is_on_disk(
+    server: IngestServer, tmp_path: Path, published: int
+) -> None:
+    """Shards of a killed writer stay; its successor computed something else."""
+    store = tmp_path / "store"
+    kill = Incident("kill", "linked", "arrays/*/c.*", published)
+    assert server.run(store, incidents=(kill,)).was_killed
+    shards = {path: path.read_bytes() for path in store.glob("arrays/*/forward/c.*")}
+    assert len(shards) == published
+    require_success(server.run(store, perturb=True))
+
+    assert all(path.read_bytes() == data for path, data in shards.items())
+    report = verify_store(store)
+    assert report.ok, report.findings
+    reader = StoreReader(store)
+    for array in reader.arrays.values():
+        for number in array.segments:
+            segment = reader.segment(number)
+            buffer = SegmentBuffer(array.spec, segment.n_rows)
+            for layer in range(array.spec.layer_count):
+                buffer.put(layer, 0, array.reader.window(number, layer, 0, segment.n_rows))
+            expected = describe_segment(buffer, segment.special)
+            for name, section in expected.items():
+                np.testing.assert_array_equal(
+                    array.zones(number).read(name),
+                    section,
+                    err_msg=f"{name} of {array.spec.zone_path(number)} is not of its shards",
+                )
+    reader.close()
+
+
+def test_two_workers_finish_one_store(
+    server: IngestServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    for attempt in range(3):
+        store = tmp_path / f"store-{attempt}"
+        pids = [server.start(store, settings={"worker": (number, 2)}) for number in range(2)]
+        for pid in pids:
+            require_success(server.wait(pid))
+        report = verify_store(store)
+        assert report.ok, report.findings
+        different = differences(
+            file_bytes(store, compacted=False),
+            {key: data for key, data in undisturbed.files.items() if "/index-" not in key},
+        )
+        assert not different, f"Two workers wrote other files: {different}"
+        # The last word on derived files is that of a run that sees everything.
+        require_success(server.run(store))
+        require_equal(store, undisturbed, "two workers")
+
+
+def test_worker_that_dies_leaves_its_share_to_the_other(
+    server: IngestServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    kill = Incident("kill", "written", "commits/base/0*", 2)
+    dying = server.start(store, settings={"worker": (1, 2)}, incidents=(kill,))
+    assert server.wait(dying).was_killed
+    require_success(server.run(store, settings={"worker": (0, 2)}))
+    require_equal(store, undisturbed, "the death of a worker")
+
+
+def test_worker_without_its_share_starts_at_it(server: IngestServer, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    kill = Incident("kill", "linked", "commits/base/0*", 1)
+    assert server.run(store, settings={"worker": (1, 2)}, incidents=(kill,)).was_killed
+    assert StoreReader(store).segments == [3]
+
+
+# Readers meanwhile
+
+
+def test_reader_sees_committed_segments_and_nothing_else(
+    server: IngestServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    store, gate = tmp_path / "store", tmp_path / "gate"
+    pausing = Incident("pause", "before", "commits/base/000002.json", 1, str(gate))
+    pid = server.start(store, incidents=(pausing,))
+    wait_for(Path(f"{gate}.reached"))
+
+    early = StoreReader(store)
+    array = early.array(ActivationLocationType.MLP_POST_ACT)
+    shard = store / array.spec.shard_path(0, 2)
+    assert shard.is_file(), "The test means to look at a segment that is whole and not committed."
+    assert early.segments == [0, 1]
+    assert array.segments == [0, 1]
+    assert early.planned_segments == 6
+    assert len(array.reader.window(1, 0, 0, 512)) == early.commits["base"][1].rows
+    for read in (
+        lambda: array.reader.window(2, 0, 0, 512),
+        lambda: array.reader.rows(0, np.array([2 * 512])),
+        lambda: array.reader.cells(2, 0, np.array([0]), 3),
+    ):
+        with pytest.raises(Unavailable, match="Segment 2 .* is not committed") as caught:
+            read()
+        assert caught.value.kind is ErrorKind.NOT_STORED
+    assert verify_store(store).ok
+
+    gate.touch()
+    require_success(server.wait(pid))
+    assert early.segments == [0, 1], "A reader keeps to what it saw when it was opened."
+    with pytest.raises(Unavailable):
+        array.reader.window(2, 0, 0, 512)
+    assert StoreReader(store).segments == list(range(6))
+    require_equal(store, undisturbed, "a reader's look")
+
+
+def test_rows_that_are_not_filled_are_an_error_and_not_numbers(undisturbed: Undisturbed) -> None:
+    reader = StoreReader(undisturbed.path)
+    array = reader.array(ActivationLocationType.MLP_POST_ACT)
+    last = array.segments[-1]
+    filled = array.rows_of(last)
+    assert filled < 512
+    assert len(array.reader.window(last, 0, 0, 512)) == filled
+    with pytest.raises(StoreDamaged, match="is not filled"):
+        array.reader.rows(0, np.array([last * 512 + filled]))
+
+
+# Disks that fail
+
+STOPS = [
+    pytest.param("plan/*/plan.sections", 1, id="plan"),
+    pytest.param("model/model.safetensors", 1, id="model"),
+    pytest.param("store.json", 1, id="manifest"),
+    pytest.param("arrays/mlp_post_act/*/c.*", 1, id="first-shard"),
+    pytest.param("arrays/resid_post_mlp/*/c.*", 4, id="later-shard"),
+    pytest.param("zones/*/000003.sections", 2, id="zones"),
+    pytest.param("catalog/parts/000001.parquet", 1, id="part"),
+    pytest.param("commits/base/000002.json", 1, id="commit"),
+    pytest.param("zones/*/index-*", 1, id="index"),
+    pytest.param("catalog/*.json", 1, id="snapshot-record"),
+    pytest.param("selfcheck/*", 1, id="self-check"),
+]
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of a few megabytes, mounted where its server alone sees it.
+
+    Attributes:
+        server: runs ingests that see it at ``place``.
+        place: where the server sees it.
+        view: where this process sees it.
+    """
+
+    server: IngestServer
+    place: Path
+    view: Path
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
+    """A tmpfs, mounted as root where that is allowed, else in a user namespace."""
+    folder = tmp_path_factory.mktemp("small-disk")
+    place = folder / "disk"
+    place.mkdir()
+    reasons = []
+    for number, prefix in enumerate((("unshare", "-m"), ("unshare", "-r", "-m"))):
+        if shutil.which("unshare") is None:
+            reasons.append("unshare is not installed")
+            break
+        with IngestServer(folder / f"server-{number}", prefix) as running:
+            try:
+                reason = running.mount(place, "8m")
+            except (AssertionError, BrokenPipeError) as error:
+                reason = str(error)
+            if reason is None:
+                view = Path(f"/proc/{running.pid}/root{place}")
+                yield SmallDisk(running, place, view)
+                return
+            reasons.append(f"{' '.join(prefix)}: {reason}")
+    pytest.fail(
+        "A full disk cannot be tested here, since neither root nor a user namespace may mount a "
+        f"tmpfs; run the tests where one of them may. {reasons}"
+    )
+
+
+def require_stop(outcome: Outcome, kind: ErrorKind) -> None:
+    """Fail unless an ingest ended as one that the disk stopped."""
+    assert outcome.status == 1, f"{outcome.status}, {outcome.error}: {outcome.message}"
+    assert outcome.error == "WriteFailed"
+    assert outcome.kind == kind, outcome.message
+    assert "What is committed is intact" in outcome.message
+    assert "then run ingest again" in outcome.message
+
+
+@pytest.mark.parametrize(("files", "number"), STOPS)
+def test_full_disk_stops_the_ingest_and_it_resumes(
+    small_disk: SmallDisk, undisturbed: Undisturbed, files: str, number: int
+) -> None:
+    store, filler = small_disk.view / "store", small_disk.view / "filler"
+    place = small_disk.place / "store"
+    fill = Incident("fill", "before", files, number, str(small_disk.place / "filler"))
+    outcome = small_disk.server.run(place, incidents=(fill,))
+    require_stop(outcome, ErrorKind.DISK_FULL)
+    assert "the disk is full; make room" in outcome.message
+    require_sound(store, f"a disk that was full at {files}")
+
+    filler.unlink()
+    require_success(small_disk.server.run(place))
+    require_equal(store, undisturbed, f"a disk that was full at {files}")
+    shutil.rmtree(store)
+
+
+def test_ingest_into_a_full_disk_says_so_before_it_begins(
+    small_disk: SmallDisk, undisturbed: Undisturbed
+) -> None:
+    store, filler = small_disk.view / "store", small_disk.view / "filler"
+    filler.write_bytes(bytes(7 * 2**20))
+    outcome = small_disk.server.run(small_disk.place / "store")
+    assert (outcome.status, outcome.kind) == (1, ErrorKind.TOO_LARGE), outcome.message
+    assert "Make room" in outcome.message
+    assert not store.exists(), "A refused ingest should leave nothing behind."
+    filler.unlink()
+    require_success(small_disk.server.run(small_disk.place / "store"))
+    require_equal(store, undisturbed, "a refusal")
+    shutil.rmtree(store)
+
+
+@pytest.mark.parametrize(("files", "number"), STOPS)
+def test_write_error_stops_the_ingest_and_it_resumes(
+    server: IngestServer, undisturbed: Undisturbed, tmp_path: Path, files: str, number: int
+) -> None:
+    """From the chosen file on, nothing longer than a few bytes can be written: EFBIG."""
+    store = tmp_path / "store"
+    limit = Incident("limit", "before", files, number)
+    outcome = server.run(store, incidents=(limit,))
+    require_stop(outcome, ErrorKind.WRITE_FAILED)
+    require_sound(store, f"a write error at {files}")
+    require_success(server.run(store))
+    require_equal(store, undisturbed, f"a write error at {files}")
