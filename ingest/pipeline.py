@@ -1,5 +1,6 @@
 """Model and corpus in, committed segments out: the order of the steps."""
 
+import math
 import platform
 import resource
 import time
@@ -125,9 +126,9 @@ def plan_ingest(
     set_record = _set_record(loaded, settings, blobs, outcome.plans[0], config.segment_rows)
     committed = read_commits(blobs, set_record.name)
     remaining = {
-        number: plan.segment(number).n_rows
+        number: int(rows)
         for plan in outcome.plans
-        for number in range(plan.first_segment, plan.first_segment + plan.n_segments)
+        for number, rows in enumerate(plan.filled_rows(), plan.first_segment)
         if number not in committed
     }
     return PlannedIngest(
@@ -289,7 +290,7 @@ def _plan_config(
     per_token = sum(
         value_bytes
         * (loaded.dimensions.n_layers if place.has_layers else 1)
-        * _size(loaded.dimensions.unit_shape(place))
+        * math.prod(loaded.dimensions.unit_shape(place, context))
         for place in settings.chosen
     )
     rows = settings.segment_rows or stored.get("segment_rows")
@@ -311,13 +312,6 @@ def _plan_config(
         limit_tokens=settings.limit_tokens,
         shuffle=settings.shuffle,
     )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _manifest(loaded: LoadedModel, settings: IngestSettings, config: PlanConfig) -> StoreManifest:
@@ -372,7 +366,8 @@ def _set_record(
                 kind=ErrorKind.CONFIG_CONFLICT,
             )
         return sets["base"]
-    arrays = array_specs(loaded, choose_dtypes(loaded, settings, plan), segment_rows)
+    dtypes = choose_dtypes(loaded, settings, plan)
+    arrays = array_specs(loaded, dtypes, segment_rows, plan.config.context)
     return SetRecord("base", arrays, {spec.location.label: "raw" for spec in arrays})
 
 

@@ -52,7 +52,11 @@ def largest_values(
     segment = plan.segment(plan.first_segment)
 
     def sink(location: ActivationLocationType, layer: int | None, tensor: torch.Tensor) -> None:
-        value = float(tensor.detach().abs().max())
+        magnitude = tensor.detach().abs()
+        if location.is_pair_shaped:
+            # Scores ahead of the diagonal are minus infinity by design.
+            magnitude = magnitude.nan_to_num(nan=torch.inf).masked_fill(tensor == -torch.inf, 0)
+        value = float(magnitude.max())
         largest[location] = max(largest[location], float("inf") if math.isnan(value) else value)
 
     with Capture(loaded, locations) as capture:
@@ -66,15 +70,16 @@ def array_specs(
     loaded: LoadedModel,
     dtypes: dict[ActivationLocationType, StoredDtype],
     segment_rows: int,
+    context: int,
 ) -> tuple[ArraySpec, ...]:
-    """The arrays of a set, in the order of the locations."""
+    """The arrays of a set, in the order of the locations; pairs reach to the context."""
     dimensions = loaded.dimensions
     return tuple(
         ArraySpec(
             location=location,
             pass_type=PassType.FORWARD,
             layers=dimensions.n_layers if location.has_layers else None,
-            unit_shape=dimensions.unit_shape(location),
+            unit_shape=dimensions.unit_shape(location, context),
             dtype=dtype,
             segment_rows=segment_rows,
         )

@@ -84,13 +84,34 @@ class SegmentAssembly:
         """
         spec = self._specs[location]
         values = stored_array(tensor, spec.dtype)
-        buffer = self.buffers[spec.key]
-        checked = values.view(np.uint16) if spec.dtype is StoredDtype.BFLOAT16 else values
-        clean = _all_finite(checked, spec.dtype)
+        if location.is_pair_shaped:
+            self._put_pairs(spec, layer, values, tensor)
+            return
+        clean = _all_finite(values, spec.dtype)
         for row, (first, length) in enumerate(self._places):
-            if not clean and not _all_finite(checked[row, :length], spec.dtype):
-                self._overflow(spec, layer, tensor[row, :length], checked[row, :length], first)
-            buffer.put(layer or 0, first, values[row, :length])
+            if not clean and not _all_finite(values[row, :length], spec.dtype):
+                self._overflow(spec, layer, tensor[row, :length], values[row, :length], first)
+            self.buffers[spec.key].put(layer or 0, first, values[row, :length])
+
+    def _put_pairs(
+        self,
+        spec: ArraySpec,
+        layer: int | None,
+        values: npt.NDArray[Any],
+        tensor: torch.Tensor,
+    ) -> None:
+        """Store ``(sequence, token, head, attended)``; attended tokens end with the sequence."""
+        for row, (first, length) in enumerate(self._places):
+            padded = np.full((length, *spec.unit_shape), spec.dtype.fill, spec.dtype.storage)
+            inside = values[row, :length, :, :length]
+            padded[:, :, :length] = inside
+            ahead = np.triu(np.ones((length, length), bool), 1)[:, None, :]
+            # Ahead of the diagonal a score is minus infinity, and that is right.
+            seen = np.where(ahead, spec.dtype.storage.type(0), inside)
+            if not _all_finite(seen, spec.dtype):
+                raw = tensor[row, :length, :, :length].reshape(length, -1)
+                self._overflow(spec, layer, raw, seen, first)
+            self.buffers[spec.key].put(layer or 0, first, padded)
 
     def _overflow(
         self,

@@ -7,7 +7,8 @@ Everything follows from an :class:`ArraySpec`, so a reader finds a byte by arith
   neighbours, a row range inside a chunk is contiguous.
 * Residual-like arrays are read by row: 1 layer x 256 tokens x all columns.
 * A shard is one segment of tokens, all columns, and as many layers as stay under 256 MiB.
-* The inner codec is ``bytes`` alone, so chunks have a fixed size and place.
+* The inner codec is ``bytes`` alone, so chunks have a fixed size and place. Pair-shaped
+  arrays, stored on request only, are the exception: zstd, 64 tokens x one head.
 
 The numbers behind these choices are in ``docs/decisions/001-layout.md``.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actstore.store.compression import ZSTD_LEVEL
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.records import canonical_json
 from actstore.store.vocabulary import ActivationLocationType, Dimension, PassType
@@ -39,10 +41,12 @@ PAGE_ROWS = 512
 _COLUMN_CHUNK = 32
 _NODE_CHUNK_ROWS = 4096
 _RESIDUAL_CHUNK_ROWS = 256
+_PAIR_CHUNK_ROWS = 64
 _CHECKSUM_BYTES = 4096
 _CHECKSUM_ROWS = 64
 _SHARD_BYTES = 256 * 2**20
 _MISSING = 2**64 - 1
+_ZSTD = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
 
 TOKEN_ID_FILL = -1
 """``token_id`` of rows that no sequence fills."""
@@ -142,20 +146,31 @@ class ArraySpec:
     @property
     def has_zones(self) -> bool:
         """Whether units are columns that people rank: neurons and head channels."""
-        return self.location.axes[0] in (Dimension.NEURON, Dimension.HEAD, Dimension.LATENT)
+        return not self.location.is_pair_shaped and self.location.axes[0] in (
+            Dimension.NEURON,
+            Dimension.HEAD,
+            Dimension.LATENT,
+        )
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether inner chunks are compressed: pair-shaped arrays, of which half is empty."""
+        return self.location.is_pair_shaped
 
     @property
     def chunk_rows(self) -> int:
         """Token rows of an inner chunk; divides ``segment_rows``."""
+        if self.location.is_pair_shaped:
+            return _PAIR_CHUNK_ROWS
         by_row = self.location.axes[-1] in (Dimension.CHANNEL, Dimension.VOCABULARY)
         return math.gcd(self.segment_rows, _RESIDUAL_CHUNK_ROWS if by_row else _NODE_CHUNK_ROWS)
 
     @property
     def chunk_width(self) -> int:
         """Columns of an inner chunk."""
-        if not self.has_zones:
-            return self.columns
-        return self.unit_shape[-1] if len(self.unit_shape) > 1 else _COLUMN_CHUNK
+        if len(self.unit_shape) > 1:
+            return self.unit_shape[-1]
+        return _COLUMN_CHUNK if self.has_zones else self.columns
 
     @property
     def row_chunks(self) -> int:
@@ -215,13 +230,19 @@ class ArraySpec:
         return -(-rows // self.chunk_rows)
 
     def shard_bytes(self, shard: int, rows: int) -> int:
-        """Size of a shard file with ``rows`` filled rows."""
+        """Size of a shard file with ``rows`` filled rows; the most it can be if compressed."""
         chunks = len(self.shard_layers(shard)) * self.present_row_chunks(rows) * self.column_chunks
-        return chunks * self.chunk_bytes + self._index_bytes
+        return chunks * self.chunk_bytes + self.index_bytes
 
     @property
-    def _index_bytes(self) -> int:
-        return 16 * self.layers_per_shard * self.row_chunks * self.column_chunks + 4
+    def index_shape(self) -> tuple[int, int, int]:
+        """Inner chunks of a whole shard along layers, rows and columns."""
+        return self.layers_per_shard, self.row_chunks, self.column_chunks
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of the index at the end of a shard, its checksum included."""
+        return 16 * math.prod(self.index_shape) + 4
 
     def shard_index(self, shard: int, rows: int) -> npt.NDArray[np.uint64]:
         """Zarr's shard index: (offset, length) of every inner chunk in C order.
@@ -230,9 +251,7 @@ class ArraySpec:
             uint64 ``(layers_per_shard * row_chunks * column_chunks, 2)``.
         """
         present = self.present_row_chunks(rows)
-        index = np.full(
-            (self.layers_per_shard, self.row_chunks, self.column_chunks, 2), _MISSING, np.uint64
-        )
+        index = np.full((*self.index_shape, 2), _MISSING, np.uint64)
         layers = len(self.shard_layers(shard))
         count = layers * present * self.column_chunks
         offsets = np.arange(count, dtype=np.uint64) * np.uint64(self.chunk_bytes)
@@ -284,6 +303,7 @@ def array_metadata(spec: ArraySpec, segments: int) -> bytes:
         chunk=[*(1 for _ in leading), spec.chunk_rows, *inner_units],
         dtype="uint16" if is_bfloat16 else spec.dtype.value,
         fill=0x7FC0 if is_bfloat16 else "NaN",
+        compression=_ZSTD if spec.is_compressed else None,
         dimensions=[*names, Dimension.TOKEN, *spec.location.axes],
         attributes={
             "location": spec.location.label,
@@ -315,6 +335,7 @@ def _metadata(
     chunk: list[int],
     dtype: str,
     fill: object,
+    compression: dict[str, Any] | None = None,
     dimensions: list[Dimension],
     attributes: dict[str, Any],
 ) -> bytes:
@@ -334,7 +355,7 @@ def _metadata(
                         "name": "sharding_indexed",
                         "configuration": {
                             "chunk_shape": chunk,
-                            "codecs": [little],
+                            "codecs": [little] if compression is None else [little, compression],
                             "index_codecs": [little, {"name": "crc32c"}],
                             "index_location": "end",
                         },

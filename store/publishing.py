@@ -27,10 +27,18 @@ from actstore.store.manifest import FileEntry, SetRecord
 from actstore.store.parts import encode_part, part_path
 from actstore.store.plan import SegmentPlan
 from actstore.store.sections import SectionFile, encode_sections
-from actstore.store.shards import SegmentBuffer, shard_parts
+from actstore.store.shards import SegmentBuffer, parse_shard, shard_parts
 from actstore.store.zones import describe_segment
 
-__all__ = ["metadata_files", "publish_file", "publish_metadata", "publish_segment", "token_id_path"]
+__all__ = [
+    "metadata_files",
+    "publish_file",
+    "publish_metadata",
+    "publish_segment",
+    "segment_files",
+    "token_id_path",
+    "token_rows",
+]
 
 BASE_SET = "base"
 """The set that ingest writes first; parts and ``token_id`` are among its files."""
@@ -105,6 +113,16 @@ def token_id_path(segment: int) -> str:
     return f"arrays/token_id/c.{segment}"
 
 
+def segment_files(set_record: SetRecord, segment: int) -> set[str]:
+    """The paths of all that a segment of a set consists of, but its commit record."""
+    paths = {spec.zone_path(segment) for spec in set_record.arrays}
+    for spec in set_record.arrays:
+        paths |= {spec.shard_path(shard, segment) for shard in range(spec.shards)}
+    if set_record.name == BASE_SET:
+        paths |= {token_id_path(segment), part_path(segment)}
+    return paths
+
+
 def metadata_files(set_record: SetRecord, segments: int) -> dict[str, bytes]:
     """Every ``zarr.json`` that a set answers for, by path.
 
@@ -137,7 +155,7 @@ def publish_metadata(blobs: LocalBlobs, set_record: SetRecord, segments: int) ->
     for path, data in metadata_files(set_record, segments).items():
         if not blobs.exists(path):
             blobs.publish(path, [data])
-        elif _token_rows(data, path) > _token_rows(blobs.read(path), path):
+        elif token_rows(data, path) > token_rows(blobs.read(path), path):
             blobs.replace(path, data)
 
 
@@ -151,16 +169,7 @@ def _publish_shard(blobs: LocalBlobs, buffer: SegmentBuffer, shard: int, segment
         if is_new:
             return entry
     data = blobs.read(path)
-    index = spec.shard_index(shard, buffer.rows).astype("<u8").tobytes()
-    trailer = index + crc32c(index).to_bytes(4, "little")
-    if len(data) != spec.shard_bytes(shard, buffer.rows) or not data.endswith(trailer):
-        raise StoreDamaged(
-            f"{path} was there before this run and is not a shard of {buffer.rows} rows of "
-            f"{spec.key}. Run `actstore verify`, then repair segment {segment}.",
-            kind=ErrorKind.MALFORMED_FILE,
-        )
-    chunks = buffer.shard(shard)
-    chunks[...] = np.frombuffer(data, spec.dtype.storage, chunks.size).reshape(chunks.shape)
+    buffer.shard(shard)[...] = parse_shard(spec, shard, buffer.rows, data, path)
     return FileEntry(path, len(data), crc32c(data))
 
 
@@ -234,8 +243,12 @@ def _token_id_parts(token_ids: npt.NDArray[Any], segment_rows: int) -> Iterator[
     yield crc32c(index.tobytes()).to_bytes(4, "little")
 
 
-def _token_rows(data: bytes, path: str) -> int:
-    """Length of the token axis in a ``zarr.json``; 0 for a group."""
+def token_rows(data: bytes, path: str) -> int:
+    """Length of the token axis in a ``zarr.json``; 0 for a group.
+
+    Raises:
+        StoreDamaged: it is not Zarr metadata.
+    """
     try:
         fields = json.loads(data)
         names = fields.get("dimension_names", [])

@@ -21,10 +21,18 @@ import numpy.typing as npt
 from crc32c import crc32c
 
 from actstore.store.blobs import Part, missing_file
+from actstore.store.compression import compressed_shard, decode_chunk, parse_index
 from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.layout import ArraySpec
 
-__all__ = ["Descriptors", "SegmentBuffer", "ShardReader", "block_checksums", "shard_parts"]
+__all__ = [
+    "Descriptors",
+    "SegmentBuffer",
+    "ShardReader",
+    "block_checksums",
+    "parse_shard",
+    "shard_parts",
+]
 
 _OPEN_FILES = 256
 
@@ -95,10 +103,48 @@ class SegmentBuffer:
 
 def shard_parts(spec: ArraySpec, shard: int, rows: int, chunks: npt.NDArray[Any]) -> Iterator[Part]:
     """The bytes of a shard file: chunks, then Zarr's index with its checksum."""
+    if spec.is_compressed:
+        yield from compressed_shard(chunks, spec.index_shape)
+        return
     yield np.ascontiguousarray(chunks).reshape(-1).view(np.uint8).data
     index = spec.shard_index(shard, rows).astype("<u8").tobytes()
     yield index
     yield crc32c(index).to_bytes(4, "little")
+
+
+def parse_shard(spec: ArraySpec, shard: int, rows: int, data: bytes, name: str) -> npt.NDArray[Any]:
+    """The chunks of a shard file that was there before.
+
+    Returns:
+        Storage dtype ``(layer, row_chunk, column_chunk, row, column)``.
+
+    Raises:
+        StoreDamaged: the file is not a shard of ``rows`` rows of this array.
+    """
+    shape = (
+        len(spec.shard_layers(shard)),
+        spec.present_row_chunks(rows),
+        spec.column_chunks,
+        spec.chunk_rows,
+        spec.chunk_width,
+    )
+    if not spec.is_compressed:
+        index = spec.shard_index(shard, rows).astype("<u8").tobytes()
+        trailer = index + crc32c(index).to_bytes(4, "little")
+        if len(data) != spec.shard_bytes(shard, rows) or not data.endswith(trailer):
+            raise StoreDamaged(
+                f"{name} is not a shard of {rows} rows of {spec.key}. Run `actstore verify`, "
+                "then repair its segment.",
+                kind=ErrorKind.MALFORMED_FILE,
+            )
+        return np.frombuffer(data, spec.dtype.storage, int(np.prod(shape))).reshape(shape)
+    index_table = parse_index(data, spec.index_shape, name)
+    chunks = np.empty(shape, spec.dtype.storage)
+    for place in np.ndindex(*shape[:3]):
+        offset, length = (int(number) for number in index_table[place])
+        decoded = decode_chunk(data[offset : offset + length], spec.chunk_bytes, name)
+        chunks[place] = np.frombuffer(decoded, spec.dtype.storage).reshape(shape[3:])
+    return chunks
 
 
 def block_checksums(spec: ArraySpec, chunks: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
@@ -297,6 +343,41 @@ class ShardReader:
 
     def _read(self, segment: int, ranges: Sequence[_Range]) -> Iterator[npt.NDArray[Any]]:
         """Verified blocks ``(row, column)``, one per range and in its order."""
+        if not ranges:
+            return
+        checksums = self._checksums_of(segment, ranges[0].layer)
+        fetch = self._fetch_decoded if self.spec.is_compressed else self._fetch
+        block_bytes = self._block_bytes
+        for item, (shard, start, data) in zip(ranges, fetch(segment, ranges), strict=True):
+            expected = checksums[item.row_chunk, item.column_chunk]
+            view = memoryview(data)
+            if len(data) != (item.last_block - item.first_block) * block_bytes:
+                raise _damaged(shard, start, "is cut short")
+            for block in range(item.first_block, item.last_block):
+                position = (block - item.first_block) * block_bytes
+                if crc32c(view[position : position + block_bytes]) != expected[block]:
+                    raise _damaged(shard, start + position, "fails its checksum")
+            yield np.frombuffer(data, self.spec.dtype.storage).reshape(-1, self.spec.chunk_width)
+
+    def _fetch_decoded(
+        self, segment: int, ranges: Sequence[_Range]
+    ) -> Iterator[tuple[str, int, bytes]]:
+        """The file, place and bytes of ranges of compressed chunks; each chunk is read whole."""
+        spec = self.spec
+        shard = spec.shard_path(ranges[0].layer // spec.layers_per_shard, segment)
+        descriptor = self._files.get(shard)
+        size = os.fstat(descriptor).st_size
+        tail = os.pread(descriptor, spec.index_bytes, max(size - spec.index_bytes, 0))
+        index = parse_index(tail, spec.index_shape, shard)
+        for item in ranges:
+            place = (item.layer % spec.layers_per_shard, item.row_chunk, item.column_chunk)
+            offset, length = (int(number) for number in index[place])
+            data = decode_chunk(os.pread(descriptor, length, offset), spec.chunk_bytes, shard)
+            start, stop = item.first_block * self._block_bytes, item.last_block * self._block_bytes
+            yield shard, offset, data[start:stop]
+
+    def _fetch(self, segment: int, ranges: Sequence[_Range]) -> Iterator[tuple[str, int, bytes]]:
+        """The file, place and bytes of each range, all announced to the kernel first."""
         spec = self.spec
         present = spec.present_row_chunks(self._rows_of(segment))
         per_shard = spec.layers_per_shard
@@ -307,24 +388,13 @@ class ShardReader:
             chunk = (within * present + item.row_chunk) * spec.column_chunks + item.column_chunk
             start = chunk * spec.chunk_bytes + item.first_block * block_bytes
             spans.append((start, (item.last_block - item.first_block) * block_bytes))
-        shard = spec.shard_path(ranges[0].layer // per_shard, segment) if ranges else ""
-        descriptor = self._files.get(shard) if ranges else -1
+        shard = spec.shard_path(ranges[0].layer // per_shard, segment)
+        descriptor = self._files.get(shard)
         if len(spans) > 1:
             for start, length in spans:
                 os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
-        checksums = self._checksums_of(segment, ranges[0].layer) if ranges else None
-        for item, (start, length) in zip(ranges, spans, strict=True):
-            data = os.pread(descriptor, length, start)
-            assert checksums is not None
-            expected = checksums[item.row_chunk, item.column_chunk]
-            view = memoryview(data)
-            if len(data) != length:
-                raise _damaged(shard, start, "is cut short")
-            for block in range(item.first_block, item.last_block):
-                position = (block - item.first_block) * block_bytes
-                if crc32c(view[position : position + block_bytes]) != expected[block]:
-                    raise _damaged(shard, start + position, "fails its checksum")
-            yield np.frombuffer(data, spec.dtype.storage).reshape(-1, spec.chunk_width)
+        for start, length in spans:
+            yield shard, start, os.pread(descriptor, length, start)
 
 
 def _damaged(key: str, offset: int, what: str) -> StoreDamaged:

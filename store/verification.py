@@ -1,19 +1,22 @@
 """Reading every byte of a store against its checksum."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crc32c import crc32c
 
 from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs
-from actstore.store.commits import read_commits
+from actstore.store.commits import CommitRecord, commit_path
 from actstore.store.errors import ActstoreError, ErrorKind, StoreDamaged
-from actstore.store.manifest import MANIFEST, FileEntry, read_manifest, read_sets
+from actstore.store.index_file import read_index_coverage
+from actstore.store.manifest import MANIFEST, FileEntry, SetRecord, read_manifest, read_sets
 from actstore.store.plan import Plan
-from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE
-from actstore.store.publishing import metadata_files
+from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE, PlanRecord
+from actstore.store.publishing import metadata_files, segment_files, token_rows
 from actstore.store.records import decode_record
 from actstore.store.sections import SectionFile
 from actstore.store.selfcheck import FOLDER as SELFCHECK_FOLDER
@@ -21,6 +24,10 @@ from actstore.store.selfcheck import FOLDER as SELFCHECK_FOLDER
 __all__ = ["Finding", "VerifyReport", "verify_store"]
 
 _PIECE = 8 * 2**20
+_HASH_DIGITS = 12
+
+_Check = Callable[[], int]
+"""Reads one file; returns its bytes or raises."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class VerifyReport:
         files: files read.
         bytes: bytes read.
         findings: what is wrong; empty for a sound store.
-        temporary: files of writers that are at work or died; never read, harmless.
+        temporary: files of writers that are at work or died, committed by no record: never
+            read, and adopted or swept by the next ingest.
     """
 
     files: int = 0
@@ -69,6 +77,9 @@ def verify_store(
 ) -> VerifyReport:
     """Check every file of a store.
 
+    A store whose ingest is at work or was killed is sound: what is not committed yet is
+    listed as temporary.
+
     Args:
         root: the store's directory.
         progress: called with files checked and files in all.
@@ -82,125 +93,184 @@ def verify_store(
     blobs = LocalBlobs(root)
     report = VerifyReport()
     present = {key for key in blobs.listing() if not key.startswith("locks/")}
-    report.temporary = sorted(key for key in present if TEMPORARY_MARK in key)
-    present -= set(report.temporary)
-    checks: dict[str, Callable[[], int]] = {}
-    for path, check in _expected(blobs, present, report):
+    temporary = {key for key in present if TEMPORARY_MARK in key}
+    present -= temporary
+    contents = _Contents(blobs, present)
+    checks: dict[str, _Check] = {}
+    for path, check in contents.expected():
         checks.setdefault(path, check)
     for number, (path, check) in enumerate(sorted(checks.items())):
         if progress is not None:
             progress(number, len(checks))
-        if path not in present:
-            report.findings.append(Finding(path, "missing", "a record names it"))
-            continue
         try:
             report.bytes += check()
             report.files += 1
-        except ActstoreError as error:
-            report.findings.append(Finding(path, "damaged", str(error)))
-    named = {finding.path for finding in report.findings}
+        except (ActstoreError, OSError) as error:
+            if blobs.exists(path):
+                report.findings.append(Finding(path, "damaged", str(error)))
+            # Compaction may have removed a derived file since it was listed.
+            elif not (path in present and _is_derived(path)):
+                report.findings.append(Finding(path, "missing", "a record names it"))
+    temporary |= contents.unfinished - checks.keys()
     report.findings += [
         Finding(path, "unknown", "no record names it")
-        for path in sorted(present - set(checks) - named)
+        for path in sorted(present - checks.keys() - temporary)
     ]
     report.findings.sort(key=lambda finding: finding.path)
+    report.temporary = sorted(temporary)
     return report
 
 
-def _expected(
-    blobs: LocalBlobs, present: set[str], report: VerifyReport
-) -> Iterator[tuple[str, Callable[[], int]]]:
-    """Every file that the records answer for, with its check."""
-    yield MANIFEST, lambda: _record(blobs, MANIFEST)
-    segment_rows = 0
-    try:
-        manifest = read_manifest(blobs)
-        segment_rows = manifest.segment_rows
-        yield from _entries(blobs, manifest.files)
-    except StoreDamaged as error:
-        report.findings.append(Finding(MANIFEST, "damaged", str(error)))
-        # Without it nobody can say which model files belong here.
-        for path in present:
-            if path.startswith("model/"):
-                yield path, lambda: 0
-    segments = 0
-    for folder in sorted(
-        {"/".join(k.split("/")[:2]) for k in present if k.startswith(PLAN_FOLDER)}
-    ):
-        path = f"{folder}/{RECORD_FILE}"
-        yield path, lambda path=path: _record(blobs, path)  # type: ignore[misc]
+class _Contents:
+    """What the records of a store say about its files.
+
+    Args:
+        blobs: the store.
+        present: its published files.
+
+    Attributes:
+        unfinished: files of writers that have not published their record yet.
+    """
+
+    def __init__(self, blobs: LocalBlobs, present: set[str]) -> None:
+        self._blobs = blobs
+        self._present = present
+        self._commits: dict[str, CommitRecord] = {}
+        self._known_segments: int | None = 0
+        self.unfinished: set[str] = set()
+
+    def expected(self) -> Iterator[tuple[str, _Check]]:
+        """Every file that the records answer for, with its check."""
+        yield MANIFEST, lambda: len(read_manifest(self._blobs).encode())
         try:
-            plan = Plan.open(blobs.root, folder)
-        except ActstoreError as error:
-            report.findings.append(Finding(path, "damaged", str(error)))
-            continue
-        segments = max(segments, plan.first_segment + plan.n_segments)
-        yield from _entries(blobs, plan.files)
-    yield from _sets(blobs, present, report, segment_rows, segments)
-    for path in sorted(present):
-        folder, _, name = path.rpartition("/")
-        if folder == "catalog" and name.endswith(".json"):
-            yield path, lambda path=path: _record(blobs, path)  # type: ignore[misc]
-            try:
-                fields = decode_record(blobs.read(path), path)
-                yield from _entries(blobs, [FileEntry.from_json(e) for e in fields["files"]])
-            except StoreDamaged:
-                yield path.replace(".json", ".duckdb"), lambda: 0
-        elif folder == SELFCHECK_FOLDER and name.endswith(".json"):
-            yield path, lambda path=path: _record(blobs, path)  # type: ignore[misc]
-        elif folder.startswith("zones/") and name.startswith("index-"):
-            yield path, lambda path=path: _sections(blobs, path)  # type: ignore[misc]
+            manifest = read_manifest(self._blobs)
+        except StoreDamaged:
+            manifest = None
+            # Without it nobody can say which model files belong here.
+            self.unfinished |= self._below("model/")
+        for path in sorted(self._below("commits/")):
+            yield path, partial(self._commit, path)
+            if not path.endswith("/set.json"):
+                with suppress(StoreDamaged):
+                    self._commits[path] = CommitRecord.decode(self._blobs.read(path), path)
+        yield from self._plans()
+        for record in self._commits.values():
+            yield from self._entries(record.files)
+        if manifest is not None:
+            yield from self._entries(manifest.files)
+            yield from self._sets(manifest.segment_rows)
+        yield from self._derived()
 
-
-def _sets(
-    blobs: LocalBlobs,
-    present: set[str],
-    report: VerifyReport,
-    segment_rows: int,
-    segments: int,
-) -> Iterator[tuple[str, Callable[[], int]]]:
-    if not segment_rows:
-        return
-    for path in sorted(key for key in present if key.startswith("commits/")):
-        yield path, lambda path=path: _record(blobs, path)  # type: ignore[misc]
-    try:
-        sets = read_sets(blobs, segment_rows)
-    except StoreDamaged:
-        return
-    for name, record in sets.items():
-        for path, data in metadata_files(record, segments).items():
-            yield path, lambda path=path, data=data: _same(blobs, path, data)  # type: ignore[misc]
-        folder = f"commits/{name}/"
-        for key in sorted(k for k in present if k.startswith(folder) and k != record.path):
-            try:
-                fields = decode_record(blobs.read(key), key)
-            except StoreDamaged:
+    def _plans(self) -> Iterator[tuple[str, _Check]]:
+        named = {record.plan[:_HASH_DIGITS]: path for path, record in self._commits.items()}
+        folders = {"/".join(key.split("/")[:2]) for key in self._below(f"{PLAN_FOLDER}/")}
+        for folder in sorted(folders):
+            path = f"{folder}/{RECORD_FILE}"
+            is_named = named.pop(folder.rpartition("-")[2], None) is not None
+            if path not in self._present and not is_named:
+                self.unfinished |= self._below(f"{folder}/")
                 continue
-            yield from _entries(blobs, [FileEntry.from_json(e) for e in fields["files"]])
+            yield path, partial(self._record, path)
+            try:
+                plan = Plan.open(self._blobs.root, folder)
+            except ActstoreError:
+                self._known_segments = None
+                self.unfinished |= self._below(f"{folder}/")
+                with suppress(ActstoreError):
+                    record = PlanRecord.decode(self._blobs.read(path), path)
+                    yield from self._entries(record.files)
+                continue
+            if self._known_segments is not None:
+                end = plan.first_segment + plan.n_segments
+                self._known_segments = max(self._known_segments, end)
+            yield from self._entries(plan.files)
+        for digits in named:
+            yield f"{PLAN_FOLDER}/*-{digits}/{RECORD_FILE}", self._absent
+
+    def _sets(self, segment_rows: int) -> Iterator[tuple[str, _Check]]:
+        for folder in {path.rpartition("/")[0] for path in self._commits}:
+            yield f"{folder}/set.json", partial(self._record, f"{folder}/set.json")
         try:
-            read_commits(blobs, name)
-        except StoreDamaged as error:
-            report.findings.append(Finding(f"commits/{name}", "damaged", str(error)))
+            sets = read_sets(self._blobs, segment_rows)
+        except StoreDamaged:
+            return
+        for record in sets.values():
+            committed = {c.segment for c in self._commits.values() if c.set == record.name}
+            for path in metadata_files(record, 0):
+                # Written before the first commit, and lengthened before those of a new plan.
+                if committed or path in self._present:
+                    least = max(committed, default=-1) + 1
+                    yield path, partial(self._metadata, path, record, least)
+            for segment in range(self._known_segments or 0):
+                if segment not in committed:
+                    self.unfinished |= segment_files(record, segment) & self._present
+
+    def _derived(self) -> Iterator[tuple[str, _Check]]:
+        for path in sorted(filter(_is_derived, self._present)):
+            if path.startswith("zones/"):
+                yield path, partial(_sections, self._blobs, path)
+                with suppress(StoreDamaged):
+                    coverage = read_index_coverage(self._blobs.root, path)
+                    yield from self._covered(coverage.to_json())
+            elif path.endswith(".json"):
+                yield path, partial(self._record, path)
+                database = path.removesuffix(".json") + ".duckdb"
+                try:
+                    fields = decode_record(self._blobs.read(path), path)
+                except StoreDamaged:
+                    self.unfinished.add(database)
+                    continue
+                yield from self._entries(FileEntry.from_json(e) for e in fields.get("files", []))
+                yield from self._covered(fields.get("coverage", []))
+            else:
+                self.unfinished.add(path)
+
+    def _covered(self, coverage: Iterable[list[Any]]) -> Iterator[tuple[str, _Check]]:
+        """The commit records that a derived file was made from must be there."""
+        for name, segment, _ in coverage:
+            path = commit_path(name, segment)
+            yield path, partial(self._commit, path)
+
+    def _entries(self, entries: Iterable[FileEntry]) -> Iterator[tuple[str, _Check]]:
+        for entry in entries:
+            yield entry.path, partial(_whole, self._blobs, entry)
+
+    def _below(self, prefix: str) -> set[str]:
+        return {key for key in self._present if key.startswith(prefix)}
+
+    def _record(self, path: str) -> int:
+        data = self._blobs.read(path)
+        decode_record(data, path)
+        return len(data)
+
+    def _commit(self, path: str) -> int:
+        data = self._blobs.read(path)
+        if path.endswith("/set.json"):
+            decode_record(data, path)
+        else:
+            CommitRecord.decode(data, path)
+        return len(data)
+
+    def _metadata(self, path: str, record: SetRecord, least: int) -> int:
+        data = self._blobs.read(path)
+        rows = token_rows(data, path)
+        segments = rows // record.arrays[0].segment_rows
+        expected = metadata_files(record, segments)[path]
+        too_many = self._known_segments is not None and segments > self._known_segments
+        if data != expected or (rows and (segments < least or too_many)):
+            raise _damaged(path, "is not the metadata that this store's records call for")
+        return len(data)
+
+    def _absent(self) -> int:
+        raise StoreDamaged("There is no such file.", kind=ErrorKind.MISSING_FILE)
 
 
-def _entries(
-    blobs: LocalBlobs, entries: "tuple[FileEntry, ...] | list[FileEntry]"
-) -> Iterator[tuple[str, Callable[[], int]]]:
-    for entry in entries:
-        yield entry.path, lambda entry=entry: _whole(blobs, entry)  # type: ignore[misc]
-
-
-def _record(blobs: LocalBlobs, path: str) -> int:
-    data = blobs.read(path)
-    decode_record(data, path)
-    return len(data)
-
-
-def _same(blobs: LocalBlobs, path: str, expected: bytes) -> int:
-    data = blobs.read(path)
-    if data != expected:
-        raise _damaged(path, "is not the metadata that this store's records call for")
-    return len(data)
+def _is_derived(path: str) -> bool:
+    """Whether a file follows from the committed segments and may be made anew."""
+    folder, _, name = path.rpartition("/")
+    return folder in ("catalog", SELFCHECK_FOLDER) or (
+        folder.startswith("zones/") and name.startswith("index-")
+    )
 
 
 def _whole(blobs: LocalBlobs, entry: FileEntry) -> int:

@@ -132,6 +132,7 @@ class IngestServer:
         )
 
     def __enter__(self) -> "IngestServer":
+        self._ask({"ready": True})
         return self
 
     def __exit__(self, *_: object) -> None:

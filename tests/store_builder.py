@@ -47,7 +47,7 @@ from actstore.store.shards import SegmentBuffer
 from actstore.store.token_stream import TokenizedDocument
 from actstore.store.vocabulary import Dimension, PassType, parse_location
 
-__all__ = ["build_store", "commit_segments", "stored_rows", "to_stored"]
+__all__ = ["append_plan", "build_store", "commit_segments", "stored_rows", "to_stored"]
 
 VOCABULARY = 48
 
@@ -123,16 +123,7 @@ def build_store(
         files=tuple(model_files),
     )
     blobs.publish("store.json", [manifest.encode()])
-    if token_ids is None:
-        token_ids = [rng.integers(0, VOCABULARY, length).tolist() for length in lengths]
-    documents = [
-        TokenizedDocument(
-            np.array(ids, np.int32),
-            sources[number] if sources else f"doc-{number}.txt",
-            dict(columns[number]) if columns else {},
-        )
-        for number, ids in enumerate(token_ids)
-    ]
+    documents = _documents(lengths, rng, token_ids, columns, sources)
     config = PlanConfig(
         context=context or max(lengths),
         vocabulary_size=VOCABULARY,
@@ -150,6 +141,27 @@ def build_store(
     blobs.publish(record.path, [record.encode()])
     commit_segments(root, values, commit)
     return root
+
+
+def append_plan(
+    path: str | Path,
+    lengths: Sequence[int],
+    *,
+    columns: Sequence[Mapping[str, Any]] | None = None,
+    seed: int = 1,
+) -> None:
+    """Plan a further corpus; commit it with values for the tokens of all plans.
+
+    Args:
+        path: a store that :func:`build_store` made.
+        lengths: tokens of each further document.
+        columns: the caller's columns of each.
+        seed: of the token ids.
+    """
+    root = Path(path)
+    plans = load_plans(root)
+    documents = _documents(lengths, np.random.default_rng(seed), None, columns, None)
+    build_plan(LocalBlobs(root), plans[0].config, documents, plans, append=True)
 
 
 def commit_segments(
@@ -215,6 +227,25 @@ def to_stored(values: npt.ArrayLike, dtype: StoredDtype) -> npt.NDArray[Any]:
         return (bits >> np.uint32(16)).astype(np.uint16)
     with np.errstate(over="ignore"):
         return np.asarray(values).astype(dtype.storage)
+
+
+def _documents(
+    lengths: Sequence[int],
+    rng: np.random.Generator,
+    token_ids: Sequence[Sequence[int]] | None,
+    columns: Sequence[Mapping[str, Any]] | None,
+    sources: Sequence[str] | None,
+) -> list[TokenizedDocument]:
+    return [
+        TokenizedDocument(
+            np.array(token_ids[number], np.int32)
+            if token_ids is not None
+            else rng.integers(0, VOCABULARY, length).astype(np.int32),
+            sources[number] if sources else f"doc-{number}.txt",
+            dict(columns[number]) if columns else {},
+        )
+        for number, length in enumerate(lengths)
+    ]
 
 
 def _name(spec: ArraySpec, values: Values) -> str:

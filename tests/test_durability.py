@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,9 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IngestServer]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    server: IngestServer, tmp_path_factory: pytest.TempPathFactory
-) -> Undisturbed:
+def undisturbed(server: IngestServer, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     path = tmp_path_factory.mktemp("undisturbed") / "store"
     started = time.monotonic()
     outcome = server.run(path)
@@ -393,19 +392,16 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
     place.mkdir()
     reasons = []
     for number, prefix in enumerate((("unshare", "-m"), ("unshare", "-r", "-m"))):
-        if shutil.which("unshare") is None:
-            reasons.append("unshare is not installed")
-            break
+        allowed = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+        if allowed.returncode:
+            reasons.append(f"{' '.join(prefix)}: {allowed.stderr.strip()}")
+            continue
         with IngestServer(folder / f"server-{number}", prefix) as running:
-            try:
-                reason = running.mount(place, "8m")
-            except (AssertionError, BrokenPipeError) as error:
-                reason = str(error)
-            if reason is None:
-                view = Path(f"/proc/{running.pid}/root{place}")
-                yield SmallDisk(running, place, view)
+            refusal = running.mount(place, "8m")
+            if refusal is None:
+                yield SmallDisk(running, place, Path(f"/proc/{running.pid}/root{place}"))
                 return
-            reasons.append(f"{' '.join(prefix)}: {reason}")
+            reasons.append(f"{' '.join(prefix)}: {refusal}")
     pytest.fail(
         "A full disk cannot be tested here, since neither root nor a user namespace may mount a "
         f"tmpfs; run the tests where one of them may. {reasons}"

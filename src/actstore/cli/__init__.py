@@ -1,0 +1,109 @@
+"""The command line: `actstore COMMAND`, or `python -m actstore.cli COMMAND`.
+
+Exit codes: 0 done, also an ingest that Ctrl-C stopped; 1 the answer is bad news; 2 wrong
+use; 3 the store is damaged, or lacks what the question needs. Commands import what they
+need when they run, so that looking at a store does not pay for torch.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from actstore.cli import demonstration, ingesting, listing, querying, upkeep
+
+__all__ = ["app", "main"]
+
+
+class _Arguments(TyperGroup):
+    """Keeps what was typed, so that a stopped ingest can say how to go on."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ingesting.ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="actstore",
+    cls=_Arguments,
+    help="Keep a model's activations on disk, and ask them anything later.",
+    no_args_is_help=True,
+    # A bug's traceback is for those who report it: plain, and without the values in it.
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"actstore {version('actstore')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and stop."),
+    ] = False,
+) -> None:
+    pass
+
+
+def _register(command: Callable[..., None], *examples: str) -> None:
+    lines = [f"  actstore {command.__name__} {example}".rstrip() for example in examples]
+    epilog = "\b\n" + "\n".join(["Examples:", *lines])
+    app.command(command.__name__, epilog=epilog)(command)
+
+
+_register(demonstration.demo, "", "--out /tmp/demo --limit-tokens 200k")
+_register(
+    ingesting.estimate,
+    "gpt2 'corpus/*.txt' --locations neurons",
+    "demo data.jsonl --text-column body --limit-tokens 2M --json",
+)
+_register(ingesting.plan, "gpt2 'corpus/*.txt' --context 512")
+_register(
+    ingesting.ingest,
+    "gpt2 'corpus/*.txt' --out runs/gpt2 --limit-tokens 2M --max-bytes 100GB",
+    "demo data.parquet --out runs/demo --keep attn_query=raw --columns label,split",
+)
+_register(listing.info, "runs/gpt2", "runs/gpt2 --json")
+_register(listing.locations, "", "runs/gpt2")
+_register(listing.scalars, "", "--json")
+_register(
+    querying.topk,
+    "runs/gpt2 mlp_write_norm -k 10",
+    "runs/gpt2 mlp_post_act --layer 3 --neuron 712 --distinct sequence",
+    "runs/gpt2 mlp_post_act --where \"text = ' the'\" --units 'kurtosis > 10' --explain",
+)
+_register(
+    querying.examples,
+    "runs/gpt2 mlp_post_act 3:712",
+    "runs/gpt2 mlp_post_act 3:712 --kind quantile -k 10 --window 10,5",
+)
+_register(
+    querying.derive,
+    "runs/gpt2 mlp_write_norm --sequence 17 --layer 3",
+    "runs/gpt2 resid_post_mlp --sequence 0 --sequence 1 --out values.npz",
+)
+_register(
+    querying.sql,
+    "runs/gpt2 'SELECT layer, neuron, kurtosis FROM neurons ORDER BY 3 DESC LIMIT 10'",
+    "runs/gpt2 'FROM tokens' --format parquet --out tokens.parquet",
+)
+_register(upkeep.verify, "runs/gpt2")
+_register(upkeep.compact, "runs/gpt2")
+
+
+def main() -> None:
+    """Run the command line with the process' arguments."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets another one, not a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app(prog_name="actstore")

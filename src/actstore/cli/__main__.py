@@ -1,0 +1,5 @@
+"""`python -m actstore.cli`."""
+
+from actstore.cli import main
+
+main()

@@ -1,0 +1,139 @@
+"""Commands that list: `info`, `locations` and `scalars`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actstore.cli.display import byte_text, count_text, data_table, fields_table
+from actstore.cli.output import console, print_json, reports_errors
+from actstore.cli.querying import StorePath
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from actstore.query.inventory import LocationInfo, StoreInfo
+
+__all__ = ["info", "locations", "print_info", "scalars"]
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@reports_errors
+def info(store: StorePath, as_json: _Json = False) -> None:
+    """Say what a store holds, also while ingest runs."""
+    from actstore.query.session import Store
+
+    with Store(store) as opened:
+        found = opened.info()
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_info(console(), found)
+
+
+@reports_errors
+def locations(
+    store: Annotated[
+        Path | None,
+        typer.Argument(metavar="[STORE]", help="Say where this store takes each from."),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """List the places in the forward pass whose tensors can be kept."""
+    from actstore.store.vocabulary import PRESETS, ActivationLocationType
+
+    if store is not None:
+        _store_locations(store, as_json=as_json)
+        return
+    rows = [
+        {
+            "location": place.label,
+            "axes": [*(["layer"] if place.has_layers else []), "token", *map(str, place.axes)],
+            "presets": [name for name, members in PRESETS.items() if place in members],
+            "transformer_lens": place.lens_name,
+            "meaning": place.meaning,
+        }
+        for place in ActivationLocationType
+    ]
+    if as_json:
+        print_json({"rows": rows})
+        return
+    columns = ["location", "axes", "presets", "meaning"]
+    console().print(data_table(columns, [[_joined(row[name]) for name in columns] for row in rows]))
+
+
+@reports_errors
+def scalars(as_json: _Json = False) -> None:
+    """List the derived scalars that can be computed, ranked and read."""
+    from actstore.query.derived import SCALARS
+
+    rows = [
+        {
+            "scalar": declared.name,
+            "axes": [
+                *(["layer"] if declared.has_layers else []),
+                "token",
+                *map(str, declared.axes),
+            ],
+            "node": declared.node_type.value,
+            "dependence": type(declared.dependence).__name__.lower(),
+            "meaning": declared.meaning,
+        }
+        for declared in SCALARS.values()
+    ]
+    if as_json:
+        print_json({"rows": rows})
+        return
+    columns = ["scalar", "axes", "meaning"]
+    console().print(data_table(columns, [[_joined(row[name]) for name in columns] for row in rows]))
+
+
+def print_info(shown: "Console", found: "StoreInfo") -> None:
+    """Print what a store holds."""
+    missing = ", ".join(
+        str(first) if first == last else f"{first}-{last}" for first, last in found.missing
+    )
+    segments = f"{found.segments_committed} of {found.segments_planned} committed, "
+    segments += f"{count_text(found.segment_rows)} rows each"
+    shown.print(
+        fields_table(
+            {
+                "store": f"{found.path} (id {found.id})",
+                "model": f"{found.model}: {found.architecture}, {found.layers} layers",
+                "tokens": f"{count_text(found.tokens)} of {count_text(found.tokens_planned)} "
+                f"planned, in {count_text(found.sequences)} sequences of "
+                f"{count_text(found.documents)} documents",
+                "segments": f"{segments}{f'; missing {missing}' if missing else ''}",
+            }
+        )
+    )
+    rows = [
+        [
+            entry.name,
+            entry.dtype,
+            " x ".join(entry.axes),
+            byte_text(entry.bytes),
+            "" if entry.measured_error is None else f"{entry.measured_error:.1e}",
+        ]
+        for entry in found.locations.values()
+    ]
+    shown.print(data_table(["stored", "dtype", "per token", "size", "self-check"], rows))
+
+
+def _store_locations(store: Path, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from actstore.query.session import Store
+
+    with Store(store) as opened:
+        found: list[LocationInfo] = list(opened.locations.values())
+    if as_json:
+        print_json({"rows": [asdict(entry) for entry in found]})
+        return
+    rows = [[entry.name, entry.kind, entry.source, entry.meaning] for entry in found]
+    console().print(data_table(["location", "kind", "source", "meaning"], rows))
+
+
+def _joined(value: Any) -> Any:
+    return " ".join(value) if isinstance(value, list) else value
