@@ -90,7 +90,7 @@ class StoreSize:
         plans: all plans of the store.
         remaining: segment -> filled rows, of the segments not committed.
         n_layers, neurons, vocabulary: sizes of the model.
-        model_bytes: of the model's parameters, tokenizer and config, if they are to be written.
+        model_bytes: of the model's files, if they are to be written.
         plan_bytes: of the plan's files, if they are to be written.
         is_new: whether the store itself is to be written.
         has_new_plan: whether a plan is to be written.
@@ -118,7 +118,8 @@ class StoreSize:
         """The estimate of what remains.
 
         Args:
-            seconds, rerun_seconds: measured elsewhere; see :class:`Estimate`.
+            seconds: measured elsewhere; see :class:`Estimate`.
+            rerun_seconds: likewise.
             free_bytes: free space of the target.
         """
         rows = list(self.remaining.values())
@@ -156,11 +157,146 @@ class StoreSize:
         parts = _PART_BYTES_PER_ROW * self.tokens
         commits = len(rows) * (_RECORD_BYTES + _RECORD_BYTES_PER_FILE * self._segment_files)
         index = sum(self._index_bytes(spec) for spec in self.arrays if spec.has_zones)
-        metadata = (
-            _METADATA_BYTES * (2 * len(self.arrays) + 5) + self._readout_bytes()
-            if self.is_new
-            else 0
+        metadata = _METADATA_BYTES * (2 * len(self.arrays) + 5) if self.is_new else 0
+        return round(
+            token_ids
+            + parts
+            + commits
+            + index
+            + self._snapshot_bytes()
+            + metadata
+            + self.model_bytes
+            + self.plan_bytes
         )
+
+    @property
+    def _segment_files(self) -> int:
+        """Files of one segment, without its commit record."""
+        return sum(spec.shards + 1 for spec in self.arrays) + 2
+
+    @property
+    def _segments(self) -> int:
+        return sum(plan.n_segments for plan in self.plans)
+
+    def _files(self) -> int:
+        per_store = 2 * len(self.arrays) + 3 + 8 if self.is_new else 0
+        derived = sum(spec.has_zones for spec in self.arrays) + 3
+        plan = 3 if self.has_new_plan else 0
+        return len(self.remaining) * (self._segment_files + 1) + derived + plan + per_store
+
+    def _index_bytes(self, spec: ArraySpec) -> int:
+        """The compacted index of an array, which covers all segments."""
+        depth = min(_LIST_DEPTH, LIST_LENGTH * self._segments)
+        key = spec.dtype.keys.itemsize
+        row = 4 if self._segments * spec.segment_rows < 2**32 else 8
+        record = 6 + 2 * depth * (row + key)
+        per_unit = record + 4 * self._segments * key + 4 * 8 + 3 * 8
+        return spec.layer_count * (spec.columns * per_unit + 2 * BLOCK) + _FOOTER
+
+    def _snapshot_bytes(self) -> float:
+        tokens = sum(plan.counts.tokens for plan in self.plans)
+        units = sum(spec.layer_count * spec.columns for spec in self.arrays if spec.has_zones)
+        entries = 2 * units * min(_LISTED_ENTRIES, LIST_LENGTH * self._segments)
+        return (
+            _SNAPSHOT_BYTES
+            + _SNAPSHOT_BYTES_PER_ROW * tokens
+            + _SNAPSHOT_BYTES_PER_ENTRY * entries
+            + _SNAPSHOT_BYTES_PER_NEURON * self.n_layers * self.neurons
+            + _SNAPSHOT_BYTES_PER_PIECE * self.vocabulary
+        )
+
+
+def array_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(self.bytes_by_array.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything."""
+        return self.array_bytes + self.zone_bytes + self.other_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The estimate as JSON values."""
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """Everything that the size of an ingest follows from.
+
+    Attributes:
+        arrays: the arrays that are kept.
+        plans: all plans of the store.
+        remaining: segment -> filled rows, of the segments not committed.
+        n_layers, neurons, vocabulary: sizes of the model.
+        model_bytes: of the model's files, if they are to be written.
+        plan_bytes: of the plan's files, if they are to be written.
+        is_new: whether the store itself is to be written.
+        has_new_plan: whether a plan is to be written.
+    """
+
+    arrays: tuple[ArraySpec, ...]
+    plans: tuple[Plan, ...]
+    remaining: Mapping[int, int]
+    n_layers: int
+    neurons: int
+    vocabulary: int
+    model_bytes: int = 0
+    plan_bytes: int = 0
+    is_new: bool = False
+    has_new_plan: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Token rows still to be ingested."""
+        return sum(self.remaining.values())
+
+    def estimate(
+        self, *, seconds: float | None, rerun_seconds: float | None, free_bytes: int
+    ) -> Estimate:
+        """The estimate of what remains.
+
+        Args:
+            seconds: measured elsewhere; see :class:`Estimate`.
+            rerun_seconds: likewise.
+            free_bytes: free space of the target.
+        """
+        rows = list(self.remaining.values())
+        sequences, documents = self._sequences_and_documents()
+        return Estimate(
+            tokens=self.tokens,
+            sequences=sequences,
+            documents=documents,
+            segments=len(rows),
+            bytes_by_array={spec.key: array_bytes(spec, rows) for spec in self.arrays},
+            zone_bytes=sum(zone_bytes(spec, rows) for spec in self.arrays),
+            other_bytes=self._other_bytes(rows) if rows else 0,
+            files=self._files() if rows else 0,
+            seconds=seconds,
+            rerun_seconds=rerun_seconds,
+            free_bytes=free_bytes,
+        )
+
+    def _sequences_and_documents(self) -> tuple[int, int]:
+        numbers = np.array(sorted(self.remaining), np.int64)
+        sequences = 0
+        documents: set[int] = set()
+        for plan in self.plans:
+            columns = plan.sequences()
+            segment = columns["first_token"].astype(np.int64) // plan.config.segment_rows
+            wanted = np.isin(segment, numbers)
+            sequences += int(wanted.sum())
+            documents.update(np.unique(columns["document"][wanted]).tolist())
+        return sequences, len(documents)
+
+    def _other_bytes(self, rows: Sequence[int]) -> int:
+        segment_rows = self.arrays[0].segment_rows
+        chunk = math.gcd(segment_rows, 4096)
+        token_ids = sum(4 * chunk * -(-n // chunk) + 16 * segment_rows // chunk + 4 for n in rows)
+        parts = _PART_BYTES_PER_ROW * self.tokens
+        commits = len(rows) * (_RECORD_BYTES + _RECORD_BYTES_PER_FILE * self._segment_files)
+        index = sum(self._index_bytes(spec) for spec in self.arrays if spec.has_zones)
+        metadata = _METADATA_BYTES * (2 * len(self.arrays) + 5) if self.is_new else 0
         return round(
             token_ids
             + parts

@@ -5,6 +5,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from actstore.ingest.selfcheck import check_store
 from actstore.ingest.settings import IngestSettings, Progress, segment_rows_for
 from actstore.ingest.snapshot import snapshot_files
 from actstore.ingest.tokenization import resolve_bos, special_token_ids, tokenize
-from actstore.ingest.writer import SegmentWriter
+from actstore.ingest.writer import NumericOverflow, SegmentWriter
 from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs
-from actstore.store.commits import CommitRecord, lock_segment, read_commits
+from actstore.store.commits import CommitRecord, commit_path, lock_segment, read_commits
 from actstore.store.errors import ErrorKind, InvalidInput, StoreConflict
+from actstore.store.layout import ArraySpec
 from actstore.store.manifest import (
     MANIFEST,
     FileEntry,
@@ -33,6 +35,7 @@ from actstore.store.manifest import (
     StoreManifest,
     read_manifest,
     read_sets,
+    replaced_arrays,
 )
 from actstore.store.plan import Plan, PlanConfig, load_plans
 from actstore.store.planning import PlanOutcome, build_plan
@@ -70,6 +73,7 @@ class PlannedIngest:
         manifest: what ``store.json`` says or will say (without files).
         outcome: the plans, and what of the corpus was dropped.
         set_record: the arrays.
+        arrays: those of the set that are written: all but what another set replaces.
         is_new: whether the store has no ``store.json`` yet.
         remaining: segment -> filled rows, of the segments not committed.
     """
@@ -80,6 +84,7 @@ class PlannedIngest:
     manifest: StoreManifest
     outcome: PlanOutcome
     set_record: SetRecord
+    arrays: tuple[ArraySpec, ...]
     is_new: bool
     remaining: dict[int, int] = field(default_factory=dict)
 
@@ -87,9 +92,7 @@ class PlannedIngest:
     def bytes_remaining(self) -> int:
         """Bytes of the shards and zone files still to be written."""
         rows = list(self.remaining.values())
-        return sum(
-            array_bytes(spec, rows) + zone_bytes(spec, rows) for spec in self.set_record.arrays
-        )
+        return sum(array_bytes(spec, rows) + zone_bytes(spec, rows) for spec in self.arrays)
 
 
 def plan_ingest(
@@ -109,21 +112,22 @@ def plan_ingest(
     existing = read_manifest(blobs) if blobs.exists(MANIFEST) else None
     if existing is None:
         _require_free(blobs)
+    if existing is None and settings.set_name != "base":
+        raise InvalidInput(
+            f"{out} is not a store yet, and set {settings.set_name!r} is an addition to one. "
+            "Ingest the base set first.",
+            kind=ErrorKind.NOT_A_STORE,
+        )
     config = _plan_config(loaded, settings, existing)
-    manifest = _manifest(loaded, settings, config)
+    manifest = _manifest(loaded, settings, config, existing)
     if existing is not None:
         existing.require_same(manifest, out)
         manifest = existing
     plans = load_plans(blobs.root)
-    documents = tokenize(
-        open_corpus(corpus.source, text_column=corpus.text_column, columns=corpus.columns),
-        loaded.tokenizer,
-        vocabulary_size=config.vocabulary_size,
-    )
-    outcome = build_plan(
-        blobs, config, documents, plans, append=settings.append, progress=_planning(progress)
-    )
-    set_record = _set_record(loaded, settings, blobs, outcome.plans[0], config.segment_rows)
+    outcome = _planned_corpus(loaded, corpus, settings, blobs, config, plans, progress)
+    sets = read_sets(blobs, config.segment_rows)
+    set_record = _set_record(loaded, settings, blobs, outcome.plans[0], sets)
+    replaced = replaced_arrays(sets)
     committed = read_commits(blobs, set_record.name)
     remaining = {
         number: int(rows)
@@ -132,7 +136,15 @@ def plan_ingest(
         if number not in committed
     }
     return PlannedIngest(
-        loaded, settings, blobs, manifest, outcome, set_record, existing is None, remaining
+        loaded=loaded,
+        settings=settings,
+        blobs=blobs,
+        manifest=manifest,
+        outcome=outcome,
+        set_record=set_record,
+        arrays=tuple(spec for spec in set_record.arrays if spec.key not in replaced),
+        is_new=existing is None,
+        remaining=remaining,
     )
 
 
@@ -180,6 +192,8 @@ def ingest(
         _write_segments(planned, written, progress)
     except KeyboardInterrupt:
         interrupted = True
+    except NumericOverflow as error:
+        raise error.with_command(loaded.name, str(out)) from error
     forward_seconds = time.monotonic() - forward_started
     reader = StoreReader(blobs.root)
     errors: Mapping[str, float] = {}
@@ -187,14 +201,15 @@ def ingest(
         compact(reader)
         errors = check_store(reader, loaded)
     rows = sum(record.rows for record in written)
-    stored = sum(record.rows for record in reader.commits.get("base", {}).values())
+    commits = reader.commits.get(settings.set_name, {})
+    stored = sum(record.rows for record in commits.values())
     return IngestReport(
         path=str(out),
         planned=sum(plan.counts.tokens for plan in planned.outcome.plans),
         stored=stored,
         dropped=dict(planned.outcome.dropped),
         segments=reader.planned_segments,
-        committed=len(reader.segments),
+        committed=len(commits),
         written=len(written),
         seconds=time.monotonic() - started,
         tokens_per_second=rows / forward_seconds if rows else None,
@@ -225,24 +240,29 @@ def _write_segments(
 
     if not planned.remaining:
         return
-    locations = [spec.location for spec in planned.set_record.arrays]
-    with Capture(planned.loaded, locations) as capture:
-        writer = SegmentWriter(blobs, planned.set_record, committed)
+    name = planned.set_record.name
+    with ExitStack() as stack:
+        locations = [spec.location for spec in planned.arrays]
+        # When other sets replace every array, what is left is the rows themselves.
+        capture = stack.enter_context(Capture(planned.loaded, locations)) if locations else None
+        writer = SegmentWriter(blobs, planned.set_record, planned.arrays, committed)
         try:
             for number in _order(sorted(planned.remaining), planned.settings.worker):
-                with lock_segment(blobs.root, planned.set_record.name, number) as is_ours:
-                    if not is_ours or blobs.exists(f"commits/base/{number:06d}.json"):
+                with ExitStack() as lock:
+                    is_ours = lock.enter_context(lock_segment(blobs.root, name, number))
+                    if not is_ours or blobs.exists(commit_path(name, number)):
                         total -= planned.remaining[number]
                         continue
                     plan = _plan_of(planned.outcome.plans, number)
                     segment = plan.segment(number)
                     assembly = writer.reserve(segment)
                     for batch in segment.batches:
-                        capture.stream(assembly.input_ids(batch), assembly.sink)
+                        if capture is not None:
+                            capture.stream(assembly.input_ids(batch), assembly.sink)
                         done += int(segment.length[batch.members].sum())
                         if progress is not None:
                             progress("forward", done, total)
-                    writer.submit(plan.hash, assembly)
+                    writer.submit(plan.hash, assembly, lock.pop_all().close)
                     del assembly
         finally:
             writer.close()
@@ -314,7 +334,44 @@ def _plan_config(
     )
 
 
-def _manifest(loaded: LoadedModel, settings: IngestSettings, config: PlanConfig) -> StoreManifest:
+def _planned_corpus(
+    loaded: LoadedModel,
+    corpus: Corpus,
+    settings: IngestSettings,
+    blobs: LocalBlobs,
+    config: PlanConfig,
+    plans: list[Plan],
+    progress: Progress | None,
+) -> PlanOutcome:
+    """The plans of the corpus; a further set may leave the corpus to the store's own plans."""
+    if corpus.source is None and plans and settings.set_name != "base":
+        counts = [plan.counts for plan in plans]
+        return PlanOutcome(
+            plans=tuple(plans),
+            created=None,
+            documents=sum(count.documents for count in counts),
+            sequences=sum(count.sequences for count in counts),
+            tokens=sum(count.tokens for count in counts),
+            dropped={},
+            limited=False,
+        )
+    documents = tokenize(
+        open_corpus(corpus.source, text_column=corpus.text_column, columns=corpus.columns),
+        loaded.tokenizer,
+        vocabulary_size=config.vocabulary_size,
+    )
+    return build_plan(
+        blobs, config, documents, plans, append=settings.append, progress=_planning(progress)
+    )
+
+
+def _manifest(
+    loaded: LoadedModel,
+    settings: IngestSettings,
+    config: PlanConfig,
+    existing: StoreManifest | None,
+) -> StoreManifest:
+    is_addition = existing is not None and settings.set_name != "base"
     return StoreManifest(
         model={
             "name": loaded.name,
@@ -335,7 +392,7 @@ def _manifest(loaded: LoadedModel, settings: IngestSettings, config: PlanConfig)
             "bos": config.bos,
             "segment_rows": config.segment_rows,
             "batch_tokens": config.batch_tokens,
-            "dtype": settings.dtype,
+            "dtype": existing.config["dtype"] if existing and is_addition else settings.dtype,
             "objective": None,
         },
         environment={
@@ -352,23 +409,32 @@ def _set_record(
     settings: IngestSettings,
     blobs: LocalBlobs,
     plan: Plan,
-    segment_rows: int,
+    sets: dict[str, SetRecord],
 ) -> SetRecord:
-    """The base set: the store's own, or one with dtypes probed on the first plan."""
-    sets = read_sets(blobs, segment_rows)
-    if "base" in sets:
-        stored = [spec.location.label for spec in sets["base"].arrays]
+    """The store's own record of the set, or one with dtypes probed on the first plan."""
+    name = settings.set_name
+    if name in sets:
+        stored = [spec.location.label for spec in sets[name].arrays]
         wanted = [location.label for location in settings.chosen]
         if stored != wanted:
             raise StoreConflict(
-                f"{blobs.root} stores {', '.join(stored)}; this run asks for {', '.join(wanted)}. "
+                f"{blobs.root} stores {', '.join(stored)} in set {name!r}; this run asks for "
+                f"{', '.join(wanted)}. "
                 "Repeat the store's own locations, or ingest into another path.",
                 kind=ErrorKind.CONFIG_CONFLICT,
             )
-        return sets["base"]
+        return sets[name]
     dtypes = choose_dtypes(loaded, settings, plan)
-    arrays = array_specs(loaded, dtypes, segment_rows, plan.config.context)
-    return SetRecord("base", arrays, {spec.location.label: "raw" for spec in arrays})
+    arrays = array_specs(loaded, dtypes, plan.config.segment_rows, plan.config.context)
+    current = {spec.key for record in sets.values() for spec in record.arrays}
+    current -= replaced_arrays(sets)
+    again = {key.split("@")[0]: key for key in current}
+    return SetRecord(
+        name=name,
+        arrays=tuple(replace(s, variant=name) if s.key in again else s for s in arrays),
+        retention={spec.location.label: "raw" for spec in arrays},
+        replaces=tuple(again[spec.key] for spec in arrays if spec.key in again),
+    )
 
 
 def _publish_store(planned: PlannedIngest) -> None:

@@ -25,6 +25,7 @@ from actstore.store.blobs import LocalBlobs
 from actstore.store.layout import PAGE_ROWS
 from actstore.store.plan import Plan, SegmentPlan
 from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE
+from actstore.store.model.readout import TOKENS_KEPT
 from actstore.store.publishing import publish_segment
 from actstore.store.reader import StoreReader
 from actstore.store.vocabulary import ActivationLocationType
@@ -34,7 +35,7 @@ __all__ = ["PlanSummary", "Preview", "preview", "remaining_work"]
 _SAMPLE_SECONDS = 5.0
 _SAMPLE_BATCHES = 2
 _MOST_ROWS = 65536
-_TOKENIZER_AND_CONFIG = 4096
+_RECORD_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,12 @@ def preview(
         return Preview(_summary(planned), estimate)
 
 
-def remaining_work(path: str | Path) -> Estimate:
-    """What an ingest that has planned and begun will still write, without times.
+def remaining_work(path: str | Path, *, is_new: bool) -> Estimate:
+    """What an ingest that has planned and begun writes, without times.
 
     Args:
         path: the store's directory.
+        is_new: count the model's and the plans' files too, which this ingest wrote.
 
     Raises:
         NotAStore: there is no store yet.
@@ -161,6 +163,12 @@ def remaining_work(path: str | Path) -> Estimate:
             n_layers=int(reader.manifest.model["dimensions"]["n_layers"]),
             neurons=int(reader.manifest.model["dimensions"]["d_mlp"]),
             vocabulary=int(reader.manifest.model["dimensions"]["vocabulary_size"]),
+            model_bytes=sum(entry.size for entry in reader.manifest.files) if is_new else 0,
+            plan_bytes=(
+                sum(entry.size for plan in reader.plans for entry in plan.files) if is_new else 0
+            ),
+            is_new=is_new,
+            has_new_plan=is_new,
         )
         return size.estimate(seconds=None, rerun_seconds=None, free_bytes=free_space(reader.root))
     finally:
@@ -229,7 +237,10 @@ def _model_bytes(loaded: LoadedModel) -> int:
         with tempfile.TemporaryDirectory() as folder:
             loaded.tokenizer.save_pretrained(folder)
             tokenizer = sum(path.stat().st_size for path in Path(folder).iterdir())
-    return loaded.parameters.size + tokenizer + _TOKENIZER_AND_CONFIG
+    dimensions = loaded.dimensions
+    # Three norms in float64, and twice the kept tokens with their scores, for every neuron.
+    readout = dimensions.n_layers * dimensions.d_mlp * (3 * 8 + 2 * TOKENS_KEPT * (4 + 4))
+    return loaded.parameters.size + tokenizer + readout + _RECORD_BYTES
 
 
 def _padded_tokens(plans: Sequence[Plan], remaining: Mapping[int, int]) -> float:
@@ -324,9 +335,7 @@ def _sample_plan(planned: PlannedIngest, folder: Path) -> Plan:
         segment_rows=rows,
         batch_tokens=config.batch_tokens,
         # Every dtype is known, so nothing is probed again.
-        dtype=",".join(
-            ["auto", *(f"{s.location}={s.dtype}" for s in planned.set_record.arrays)]
-        ),
+        dtype=",".join(["auto", *(f"{s.location}={s.dtype}" for s in planned.set_record.arrays)]),
         limit_tokens=rows,
         shuffle=None,
         append=False,

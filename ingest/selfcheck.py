@@ -37,6 +37,8 @@ def check_store(reader: StoreReader, loaded: LoadedModel, sequences: int = 4) ->
         start = int(segment.first_token[index]) - segment.first_row
         stop = start + int(segment.length[index])
         for (location, _), array in reader.arrays.items():
+            if segment.number not in array.segments:
+                continue
             for layer in range(array.spec.layer_count):
                 stored = array.reader.window(segment.number, layer, start, stop)
                 value = array.spec.dtype.to_float32(stored).astype(np.float64)

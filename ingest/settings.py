@@ -1,5 +1,6 @@
 """What a person may choose about an ingest, validated before anything is read."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ __all__ = ["IngestSettings", "Progress", "segment_rows_for"]
 Progress = Callable[[str, int, int], None]
 """Called with a phase (``plan``, ``forward``, ``compact``), tokens done and tokens in all."""
 
+_SET_NAME = re.compile("[a-z0-9][a-z0-9_-]*")
 RETENTIONS = ("raw", "index", "none")
 
 
@@ -33,6 +35,8 @@ class IngestSettings:
         max_bytes: refuse to write more than this.
         memory_budget: bytes that two segments of the chosen locations may take.
         append: the corpus is a further one for a store that has others.
+        set_name: ``base``, or a further set of locations for a store that has its base. A
+            location that the store has already is stored anew, and replaces the old array.
         worker: (number, workers): this process starts at its share of the segments.
     """
 
@@ -49,6 +53,7 @@ class IngestSettings:
     max_bytes: int | None = None
     memory_budget: int = 4 * 2**30
     append: bool = False
+    set_name: str = "base"
     worker: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,10 @@ class IngestSettings:
             )
         if self.bos not in ("auto", "document", "sequence", "none"):
             raise _invalid(f"bos is {self.bos!r}; use auto, document, sequence or none.")
+        if not _SET_NAME.fullmatch(self.set_name):
+            raise _invalid(
+                f"set_name is {self.set_name!r}; use lower-case letters, digits, '-' and '_'."
+            )
         number, workers = self.worker
         if not 0 <= number < workers:
             raise _invalid(f"worker is {number} of {workers}; count from 0 to {workers - 1}.")

@@ -20,7 +20,7 @@ from actstore.store.publishing import publish_segment
 from actstore.store.shards import SegmentBuffer
 from actstore.store.vocabulary import ActivationLocationType
 
-__all__ = ["SegmentAssembly", "SegmentWriter", "stored_array"]
+__all__ = ["NumericOverflow", "SegmentAssembly", "SegmentWriter", "stored_array"]
 
 _TORCH = {
     StoredDtype.FLOAT16: torch.float16,
@@ -39,6 +39,31 @@ def stored_array(tensor: torch.Tensor, dtype: StoredDtype) -> npt.NDArray[Any]:
         return cast.view(torch.uint16).cpu().numpy()
     array: npt.NDArray[Any] = cast.cpu().numpy()
     return array
+
+
+class NumericOverflow(IngestStopped):
+    """A value that the array's dtype cannot hold; the segment was not committed.
+
+    Args:
+        message: the value and where it is.
+        location: what float32 would help; None where the value itself is not finite.
+    """
+
+    def __init__(self, message: str, location: ActivationLocationType | None) -> None:
+        super().__init__(message, kind=ErrorKind.NUMERIC_OVERFLOW)
+        self.location = location
+
+    def with_command(self, model: str, out: str) -> IngestStopped:
+        """The same error with the command that helps."""
+        if self.location is None:
+            rule = "No dtype holds it: look at the model and at the text around that token."
+        else:
+            rule = (
+                "Store that location as float32, as its own set, then repeat this command: "
+                f"actstore ingest {model} --out {out} --set {self.location}-float32 "
+                f"--locations {self.location} --dtype float32"
+            )
+        return IngestStopped(f"{self} {rule}", kind=ErrorKind.NUMERIC_OVERFLOW)
 
 
 class SegmentAssembly:
@@ -125,13 +150,11 @@ class SegmentAssembly:
         row, column = (int(index) for index in np.argwhere(bad)[0])
         value = float(raw.reshape(len(stored), -1)[row, column])
         place = f"layer {layer}, " if layer is not None else ""
-        raise IngestStopped(
-            f"{spec.location} has the value {value:g} at {place}token "
-            f"{self.plan.first_row + first + row}, column {column}, which {spec.dtype} cannot hold. "
-            f"Segment {self.plan.number} was not committed. Ingest into another path with "
-            f"`--dtype auto,{spec.location}=float32`"
-            + ("." if np.isfinite(value) else ", if the model is meant to produce such values."),
-            kind=ErrorKind.NUMERIC_OVERFLOW,
+        token = self.plan.first_row + first + row
+        raise NumericOverflow(
+            f"{spec.location} has the value {value:g} at {place}token {token}, column {column}, "
+            f"which {spec.dtype} cannot hold. Segment {self.plan.number} was not committed.",
+            spec.location if np.isfinite(value) else None,
         )
 
 
@@ -150,6 +173,7 @@ def _all_finite(stored: npt.NDArray[Any], dtype: StoredDtype) -> bool:
 class _Job:
     plan_hash: str
     assembly: SegmentAssembly
+    done: Callable[[], None]
 
 
 class SegmentWriter:
@@ -161,6 +185,7 @@ class SegmentWriter:
     Args:
         blobs: the store.
         set_record: the set whose segments are written.
+        arrays: those of its arrays that are written.
         on_commit: called in the thread after each commit.
     """
 
@@ -168,10 +193,12 @@ class SegmentWriter:
         self,
         blobs: LocalBlobs,
         set_record: SetRecord,
+        arrays: Sequence[ArraySpec],
         on_commit: Callable[[CommitRecord], None],
     ) -> None:
         self._blobs = blobs
         self._set = set_record
+        self._arrays = arrays
         self._on_commit = on_commit
         self._jobs: Queue[_Job | None] = Queue()
         self._room = Semaphore(2)
@@ -187,12 +214,12 @@ class SegmentWriter:
         """
         self._room.acquire()
         self._raise()
-        return SegmentAssembly(self._set.arrays, plan)
+        return SegmentAssembly(self._arrays, plan)
 
-    def submit(self, plan_hash: str, assembly: SegmentAssembly) -> None:
-        """Hand over a filled segment."""
+    def submit(self, plan_hash: str, assembly: SegmentAssembly, done: Callable[[], None]) -> None:
+        """Hand over a filled segment; ``done`` is called when the thread is through with it."""
+        self._jobs.put(_Job(plan_hash, assembly, done))
         self._raise()
-        self._jobs.put(_Job(plan_hash, assembly))
 
     def close(self) -> None:
         """Wait until everything handed over is committed.
@@ -223,5 +250,6 @@ class SegmentWriter:
                     self._on_commit(record)
                 except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                     self._error = error
+            job.done()
             del job
             self._room.release()

@@ -27,9 +27,9 @@ class BatchReader:
 
     Rows come in blocks: pages of 512 rows of a stored array, whole sequences of a
     reconstructed one. A shuffle permutes all blocks of the store uniformly, fills a
-    window with the next blocks, and permutes the window's rows uniformly. So every row
-    comes exactly once, rows of one block never lie further apart than a window and a
-    batch, and two rows of distant blocks are as likely in either order.
+    window with the next blocks, and permutes the window's rows uniformly; what is left of a
+    window, less than a batch, joins the next. So every row comes exactly once, the order of
+    distant blocks is uniform, and rows of one block share a window, but for those left.
 
     Attributes:
         sources: the open store.

@@ -171,9 +171,10 @@ class Store(OpenStore):
         """Every committed row once, in batches, for training on stored activations.
 
         With a seed, all pages of 512 rows (whole sequences of a reconstructed location) are
-        permuted uniformly; a window of 256 MiB is filled with the next ones and its rows
-        permuted uniformly. Rows of one page therefore stay within a window of each other. The
-        order depends on the seed and on what is committed, not on the machine.
+        permuted uniformly; a window of 256 MiB is filled with the next ones, its rows are
+        permuted uniformly, and what is left of it, less than a batch, joins the next. So rows
+        of one page come within one window, but for those left. The order depends on the seed
+        and on what is committed, not on the machine.
 
         Args:
             location: its own or its TransformerLens name.

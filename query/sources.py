@@ -23,7 +23,6 @@ from actstore.store.errors import ErrorKind, Unavailable
 from actstore.store.model.readout import READOUT_KEY
 from actstore.store.model.weights import ModelWeights, open_model
 from actstore.store.reader import StoreReader
-from actstore.store.sections import open_sections
 from actstore.store.selfcheck import read_selfchecks
 from actstore.store.vocabulary import (
     ActivationLocationType,
@@ -88,13 +87,8 @@ class Sources:
             self._coefficients[key] = factors
         return self._coefficients[key]
 
-    @cached_property
-    def _readout(self) -> dict[str, npt.NDArray[Any]]:
-        sections = open_sections(self.reader.root, READOUT_KEY)
-        try:
-            return {name: sections.read(name) for name in sections.names}
-        finally:
-            sections.close()
+    def _readout(self, section: str, layer: int) -> npt.NDArray[Any]:
+        return self.reader.section_file(READOUT_KEY).row(section, layer)
 
     def weight(self, name: WeightName, layer: int | None) -> "Tensor":
         """A weight in float64, kept for the next sequence.

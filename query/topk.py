@@ -25,7 +25,7 @@ from actstore.query.search import (
     search_scan,
 )
 from actstore.query.selection import RowSelection, UnitSelection
-from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
 from actstore.store.layout import PAGE_ROWS
 from actstore.store.vocabulary import ActivationLocationType, Dimension
 
@@ -198,6 +198,12 @@ def scaled_array(store: "Store", declared: DerivedScalar) -> ScaledArray | None:
     array = store.reader.array(source.of, source.pass_type)
     if not array.spec.has_zones:
         return None
+    if array.segments != store.reader.segments:
+        raise Unavailable(
+            f"{array.spec.key} has {len(array.segments)} of {len(store.reader.segments)} committed "
+            "segments: a ranking would miss the others. Finish its set with `actstore ingest`.",
+            kind=ErrorKind.NOT_STORED,
+        )
     return ScaledArray(
         array, store.unit_index(array), lambda layer: store.coefficients(declared, layer)
     )

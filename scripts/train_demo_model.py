@@ -59,6 +59,7 @@ class Progress:
     seconds: float = 0.0
     train_loss: float = math.log(VOCABULARY)  # moving average, nats per token
     curve: list[dict[str, float]] = field(default_factory=list)
+    plan: dict[str, int] = field(default_factory=dict)  # from which step, how many in all
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -215,6 +216,7 @@ def describe(progress: Progress, corpus: Corpus, options: argparse.Namespace) ->
     bits = end["validation"] / math.log(2) * len(corpus.validation) / corpus.validation_characters
     return {
         "steps": progress.step,
+        "plan": progress.plan,
         "seed": options.seed,
         "tokens_seen": progress.step * BATCH * CONTEXT,
         "train_loss": end["train"],
@@ -234,8 +236,7 @@ def describe(progress: Progress, corpus: Corpus, options: argparse.Namespace) ->
 def train(options: argparse.Namespace) -> None:
     """Train, with progress lines and checkpoints, and write the model folder."""
     torch.set_num_threads(1)
-    steps: int = options.steps
-    checkpoint: Path | None = options.checkpoint
+    steps, checkpoint = int(options.steps), options.checkpoint
     tokenizer, corpus = read_corpus()
     model = build_model(options.seed)
     optimizers, rates = build_optimizers(model), (MUON_RATE, ADAMW_RATE)
@@ -246,8 +247,8 @@ def train(options: argparse.Namespace) -> None:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         progress = Progress(**saved["progress"])
+    progress.plan[str(progress.step)] = steps
     print(f"{len(corpus.train):,} tokens, steps {progress.step} to {steps}", flush=True)
-
     first, before, started = progress.step, progress.seconds, time.monotonic()
     batches = training_batches(corpus.train, options.seed, first)
     for step in range(first, steps):
@@ -281,7 +282,6 @@ def train(options: argparse.Namespace) -> None:
                 torch.save(saved | {"progress": asdict(progress)}, partial)
                 partial.replace(checkpoint)
     export(options.out, model, tokenizer, describe(progress, corpus, options))
-    print(f"wrote {options.out}")
 
 
 def main() -> None:
@@ -289,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small GPT-2 that actstore ships.")
     add = parser.add_argument
     add("--out", type=Path, default=DEMO_MODEL, help="folder to write the model to")
-    add("--steps", type=int, default=5500, help="updates of 16 x 256 tokens")
+    add("--steps", type=int, default=4600, help="updates of 16 x 256 tokens")
     add("--seed", type=int, default=0, help="for the initial weights and the order")
     add("--every", type=int, default=250, help="steps between held-out losses and checkpoints")
     add("--checkpoint", type=Path, help="file to keep the run's state in, and to resume from")

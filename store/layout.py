@@ -99,6 +99,7 @@ class ArraySpec:
         unit_shape: sizes of the axes after the token axis.
         dtype: how values are stored.
         segment_rows: S, token rows of a segment; a multiple of 512.
+        variant: name of the set, where another set has an array of the same place.
     """
 
     location: ActivationLocationType
@@ -107,6 +108,7 @@ class ArraySpec:
     unit_shape: tuple[int, ...]
     dtype: StoredDtype
     segment_rows: int
+    variant: str = ""
 
     def __post_init__(self) -> None:
         if self.segment_rows <= 0 or self.segment_rows % PAGE_ROWS:
@@ -130,8 +132,9 @@ class ArraySpec:
 
     @property
     def key(self) -> str:
-        """``<location>/<pass>``: the array's path below ``arrays/`` and ``zones/``."""
-        return f"{self.location}/{self.pass_type}"
+        """``<location>/<pass>[@<variant>]``: the path below ``arrays/`` and ``zones/``."""
+        variant = f"@{self.variant}" if self.variant else ""
+        return f"{self.location}/{self.pass_type}{variant}"
 
     @property
     def columns(self) -> int:
@@ -267,6 +270,7 @@ class ArraySpec:
             "layers": self.layers,
             "unit_shape": list(self.unit_shape),
             "dtype": self.dtype.value,
+            "variant": self.variant,
         }
 
     @classmethod
@@ -279,6 +283,7 @@ class ArraySpec:
             unit_shape=tuple(fields["unit_shape"]),
             dtype=StoredDtype(fields["dtype"]),
             segment_rows=segment_rows,
+            variant=fields["variant"],
         )
 
 

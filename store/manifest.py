@@ -15,7 +15,15 @@ from actstore.store.errors import ErrorKind, NotAStore, StoreConflict, StoreDama
 from actstore.store.layout import ArraySpec
 from actstore.store.records import canonical_json, decode_record, encode_record
 
-__all__ = ["FORMAT", "FileEntry", "SetRecord", "StoreManifest", "read_manifest", "read_sets"]
+__all__ = [
+    "FORMAT",
+    "FileEntry",
+    "SetRecord",
+    "StoreManifest",
+    "read_manifest",
+    "read_sets",
+    "replaced_arrays",
+]
 
 FORMAT = 1
 """The on-disk format that this version writes."""
@@ -118,11 +126,13 @@ class SetRecord:
         name: ``base`` for what ingest wrote first.
         arrays: the arrays whose values are kept.
         retention: location label -> ``raw``, ``index`` or ``none``.
+        replaces: keys of other sets' arrays that this set stores anew, in another dtype.
     """
 
     name: str
     arrays: tuple[ArraySpec, ...]
     retention: dict[str, str]
+    replaces: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -136,6 +146,7 @@ class SetRecord:
                 "set": self.name,
                 "arrays": [spec.to_json() for spec in self.arrays],
                 "retention": self.retention,
+                "replaces": list(self.replaces),
             }
         )
 
@@ -178,6 +189,11 @@ def read_manifest(blobs: LocalBlobs) -> StoreManifest:
     return manifest
 
 
+def replaced_arrays(sets: dict[str, SetRecord]) -> set[str]:
+    """Keys of the arrays that another set stores anew: no longer written, nor read."""
+    return {key for record in sets.values() for key in record.replaces}
+
+
 def read_sets(blobs: LocalBlobs, segment_rows: int) -> dict[str, SetRecord]:
     """Every set of a store by name, verified."""
     sets = {}
@@ -190,5 +206,6 @@ def read_sets(blobs: LocalBlobs, segment_rows: int) -> dict[str, SetRecord]:
                     ArraySpec.from_json(entry, segment_rows) for entry in fields["arrays"]
                 ),
                 retention=fields["retention"],
+                replaces=tuple(fields["replaces"]),
             )
     return sets

@@ -58,7 +58,7 @@ def publish_segment(
 
     Args:
         blobs: the store.
-        set_record: the set; every array of it needs a buffer.
+        set_record: the set; an array of it that another set replaces has no buffer.
         plan_hash: hash of the plan that fixed the segment's rows.
         segment_plan: the segment's rows.
         buffers: ``ArraySpec.key`` -> the segment's values. Where a shard was on disk before,
@@ -75,6 +75,8 @@ def publish_segment(
     files: list[FileEntry] = []
     digest = hashlib.sha256()
     for spec in set_record.arrays:
+        if spec.key not in buffers:
+            continue
         buffer = buffers[spec.key]
         files += [_publish_shard(blobs, buffer, n, segment) for n in range(spec.shards)]
         path = spec.zone_path(segment)

@@ -14,7 +14,7 @@ from actstore.store.blobs import LocalBlobs
 from actstore.store.commits import CommitRecord, read_commits
 from actstore.store.errors import ErrorKind, Unavailable
 from actstore.store.layout import ArraySpec
-from actstore.store.manifest import SetRecord, read_manifest, read_sets
+from actstore.store.manifest import SetRecord, read_manifest, read_sets, replaced_arrays
 from actstore.store.plan import Plan, SegmentPlan, load_plans
 from actstore.store.sections import SectionFile
 from actstore.store.shards import Descriptors, ShardReader
@@ -111,8 +111,11 @@ class StoreReader:
         self.cache = _Cache(4096)
         self._section_files = _Cache(256)
         self.arrays: dict[tuple[ActivationLocationType, PassType], StoredArray] = {}
+        replaced = replaced_arrays(self.sets)
         for name, record in self.sets.items():
             for spec in record.arrays:
+                if spec.key in replaced:
+                    continue
                 array = StoredArray(spec, self, self.commits[name])
                 self.arrays[spec.location, spec.pass_type] = array
 

@@ -272,6 +272,8 @@ def _build(reader: StoreReader, blobs: LocalBlobs, path: str) -> FileEntry:
         full = "space" in str(error).lower()
         cause = OSError(errno.ENOSPC if full else errno.EIO, str(error))
         raise write_failed(blobs.path(path), cause) from error
+    except WriteFailed:
+        raise
     except OSError as error:
         raise write_failed(blobs.path(path), error) from error
 

@@ -108,7 +108,8 @@ def fill_tables(connection: duckdb.DuckDBPyConnection, reader: StoreReader) -> N
 
     dimensions, readout = open_model(reader.root).dimensions, _readout(reader)
     layers = range(dimensions.n_layers)
-    activations = indexes.get(f"{ActivationLocationType.MLP_POST_ACT}/{PassType.FORWARD}")
+    mlp = reader.arrays.get((ActivationLocationType.MLP_POST_ACT, PassType.FORWARD))
+    activations = None if mlp is None else indexes[mlp.spec.key]
     texts = vocabulary["text"]
     _insert(connection, "layers", [{"layer": np.array(layers)}])
     _insert(

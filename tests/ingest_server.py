@@ -78,7 +78,7 @@ class Order:
     incidents: tuple[Incident, ...] = ()
     perturb: bool = False
     lockless: bool = False
-    compact_every: int = 2
+    compact_every: int = 4
     arguments: tuple[str, ...] = ()
 
 
@@ -207,7 +207,10 @@ def _serve(folder: Path) -> None:
             outcome = folder / f"outcome-{number}.json"
             pid = os.fork()
             if pid == 0:
-                os._exit(_run_child(_order(request["start"]), loaded, outcome))
+                try:
+                    os._exit(_run_child(_order(request["start"]), loaded, outcome))
+                finally:
+                    os._exit(71)
             outcomes[pid] = outcome
             answer = {"pid": pid}
         elif "wait" in request:
@@ -247,6 +250,7 @@ def _run_child(order: Order, loaded: Any, outcome: Path) -> int:
         found["kind"] = str(error.kind) if isinstance(error, ActstoreError) else None
         found["message"] = str(error) if known else traceback.format_exc()
         status = error.exit_code if isinstance(error, ActstoreError) else 70
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     outcome.write_text(json.dumps(found))
     return status
 

@@ -5,7 +5,7 @@ bits wherever it is asked for: ``float32(float64(raw) * coefficient)``.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ def unit_coefficients(
     declared: DerivedScalar,
     layer: int | None,
     dimensions: ModelDimensions,
-    readout: Mapping[str, npt.NDArray[Any]],
+    readout: Callable[[str, int], npt.NDArray[Any]],
     columns: int,
 ) -> npt.NDArray[np.float64]:
     """The factor between raw and derived value for every unit.
@@ -30,8 +30,7 @@ def unit_coefficients(
         declared: a scalar whose dependence is ``Identity`` or ``ScaledBy``.
         layer: the layer, None for a scalar outside the blocks.
         dimensions: the model's sizes and constants.
-        readout: the store's readout, arrays ``(layer, unit)``; only the coefficient's own
-            section is looked at.
+        readout: ``(section, layer) ->`` a row of the store's readout, ``(unit,)``.
         columns: units of a layer, all unit axes together.
 
     Returns:
@@ -43,4 +42,4 @@ def unit_coefficients(
     assert layer is not None, "coefficients belong to layers"
     if declared.dependence.coefficient is Coefficient.QUERY_KEY_SCALE:
         return np.full(columns, math.sqrt(dimensions.attention_scaling(layer)))
-    return np.asarray(readout[declared.dependence.coefficient.value][layer], np.float64)
+    return np.asarray(readout(declared.dependence.coefficient.value, layer), np.float64)

@@ -1,0 +1,290 @@
+"""Run a transformer once, keep its activations on disk, and ask anything later.
+
+    import actstore
+
+    store = actstore.ingest("gpt2", "corpus/*.txt", "runs/gpt2")
+    store = actstore.open("runs/gpt2")
+    store.topk("mlp_write_norm", k=20)
+
+Importing this package is cheap: torch and transformers are imported when a model is run
+or a tensor is asked for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from actstore.store.errors import (
+    ActstoreError,
+    ErrorKind,
+    IngestStopped,
+    InvalidInput,
+    NotAStore,
+    StoreConflict,
+    StoreDamaged,
+    Unavailable,
+    WriteFailed,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from actstore.ingest.estimate import Estimate
+    from actstore.ingest.pipeline import Corpus
+    from actstore.ingest.settings import IngestSettings
+    from actstore.query.session import Store
+
+__all__ = [
+    "ActstoreError",
+    "ErrorKind",
+    "IngestStopped",
+    "InvalidInput",
+    "NotAStore",
+    "StoreConflict",
+    "StoreDamaged",
+    "Unavailable",
+    "WriteFailed",
+    "__version__",
+    "estimate",
+    "ingest",
+    "open",
+]
+
+__version__ = version("actstore")
+
+StorePath = str | PathLike[str]
+Progress = Callable[[str, int, int], None]
+
+
+def ingest(
+    model: Any,
+    corpus: Any,
+    out: StorePath,
+    *,
+    locations: str | Sequence[str] = "neurons",
+    keep: Mapping[str, str] | None = None,
+    objective: object = None,
+    limit_tokens: int | None = None,
+    max_bytes: int | None = None,
+    columns: Sequence[str] | None = None,
+    text_column: str = "text",
+    bos: str = "auto",
+    context: int | None = None,
+    stride: int | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device: str = "auto",
+    segment_rows: int | None = None,
+    batch_tokens: int | None = None,
+    shuffle: int | None = None,
+    append: bool = False,
+    progress: Progress | None = None,
+) -> "Store":
+    """Run a model over a corpus and keep its activations.
+
+    What is committed is never touched again: a run that was killed, stopped or out of disk
+    is finished by the same call, and repeating a finished one changes nothing.
+
+    Args:
+        model: a hub id, a folder, ``"demo"`` (the shipped model), or ``(model, tokenizer)``
+            in memory, where the tokenizer may be None.
+        corpus: paths or globs of text, JSONL or Parquet files; an iterable of texts, of
+            records, or of lists of token ids; or a ``datasets.Dataset``.
+        out: the store's directory.
+        locations: presets (``minimal``, ``neurons``, ``attention``, ``full``) and names of
+            locations, as a list or separated by commas.
+        keep: location -> ``raw`` or ``none``, added to the locations.
+        objective: for gradients; not in this version.
+        limit_tokens: plan no sequence that would pass so many tokens.
+        max_bytes: refuse to write more.
+        columns: the corpus' columns to keep per document; all by default.
+        text_column: where records and tables have their text.
+        bos: BOS before each ``document`` or ``sequence``, ``none``, or ``auto``: before
+            documents if the tokenizer has one.
+        context: tokens of a sequence at most; the model's own limit by default.
+        stride: tokens between the starts of sequences; ``context`` by default.
+        dtype: of the stored values: ``auto`` or a dtype, with ``location=dtype`` exceptions.
+        revision: branch, tag or commit of a hub model.
+        device: where to run a model that is loaded here.
+        segment_rows: rows of a segment, a multiple of 512.
+        batch_tokens: padded tokens of one forward pass.
+        shuffle: seed of a permutation of the sequences.
+        append: add this corpus to a store that holds another.
+        progress: called with phase, tokens done and tokens in all (0 if unknown).
+
+    Returns:
+        The store, open.
+
+    Raises:
+        InvalidInput: the model, the corpus or a setting cannot be used.
+        StoreConflict: the path holds a store of another model, config or corpus.
+        IngestStopped: too little space, a value too large for its dtype, or a failing disk.
+        KeyboardInterrupt: Ctrl-C, once what was at hand is written; the store is sound.
+    """
+    settings = _settings(
+        objective,
+        locations=_names(locations),
+        keep=dict(keep or {}),
+        context=context,
+        stride=stride,
+        bos=bos,
+        dtype=dtype,
+        segment_rows=segment_rows,
+        batch_tokens=batch_tokens,
+        limit_tokens=limit_tokens,
+        shuffle=shuffle,
+        max_bytes=max_bytes,
+        append=append,
+    )
+    from actstore.ingest import pipeline
+    from actstore.ingest.model import load_model
+
+    loaded = load_model(model, device=device, revision=revision)
+    report = pipeline.ingest(
+        loaded, _corpus(corpus, text_column, columns), _path(out), settings, progress
+    )
+    if report.interrupted:
+        raise KeyboardInterrupt(
+            f"{report.stored:,} of {report.planned:,} tokens are stored; the same call goes on."
+        )
+    return open(out)
+
+
+def open(path: StorePath) -> "Store":
+    """Open a store for reading: what is committed at this moment.
+
+    Raises:
+        NotAStore: the path holds no store, or one of a newer format.
+        StoreDamaged: a record fails its checksum.
+    """
+    from actstore.query.session import Store
+
+    return Store(_path(path))
+
+
+def estimate(
+    model: Any,
+    corpus: Any,
+    out: StorePath | None = None,
+    *,
+    locations: str | Sequence[str] = "neurons",
+    keep: Mapping[str, str] | None = None,
+    objective: object = None,
+    limit_tokens: int | None = None,
+    columns: Sequence[str] | None = None,
+    text_column: str = "text",
+    bos: str = "auto",
+    context: int | None = None,
+    stride: int | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device: str = "auto",
+    segment_rows: int | None = None,
+    batch_tokens: int | None = None,
+    shuffle: int | None = None,
+    append: bool = False,
+    measure: bool = True,
+    progress: Progress | None = None,
+) -> "Estimate":
+    """Say what :func:`ingest` would write and take, and write nothing.
+
+    Args:
+        model: as for :func:`ingest`.
+        corpus: as for :func:`ingest`; read once.
+        out: the store's directory; what it holds already is not counted again.
+        locations: as for :func:`ingest`.
+        keep: as for :func:`ingest`.
+        objective: as for :func:`ingest`.
+        limit_tokens: as for :func:`ingest`.
+        columns: as for :func:`ingest`.
+        text_column: as for :func:`ingest`.
+        bos: as for :func:`ingest`.
+        context: as for :func:`ingest`.
+        stride: as for :func:`ingest`.
+        dtype: as for :func:`ingest`.
+        revision: as for :func:`ingest`.
+        device: as for :func:`ingest`.
+        segment_rows: as for :func:`ingest`.
+        batch_tokens: as for :func:`ingest`.
+        shuffle: as for :func:`ingest`.
+        append: as for :func:`ingest`.
+        measure: run a sample for the times; without it they are None.
+        progress: called with phase, tokens done and tokens in all (0 if unknown).
+
+    Returns:
+        Bytes by array, files, seconds, and seconds of the forward passes alone, which is
+        what a further question costs without a store.
+
+    Raises:
+        InvalidInput: the model, the corpus or a setting cannot be used.
+        StoreConflict: the path holds a store of another model, config or corpus.
+    """
+    settings = _settings(
+        objective,
+        locations=_names(locations),
+        keep=dict(keep or {}),
+        context=context,
+        stride=stride,
+        bos=bos,
+        dtype=dtype,
+        segment_rows=segment_rows,
+        batch_tokens=batch_tokens,
+        limit_tokens=limit_tokens,
+        shuffle=shuffle,
+        append=append,
+    )
+    from actstore.ingest.model import load_model
+    from actstore.ingest.preview import preview
+
+    loaded = load_model(model, device=device, revision=revision)
+    return preview(
+        loaded,
+        _corpus(corpus, text_column, columns),
+        None if out is None else _path(out),
+        settings,
+        progress,
+        measure=measure,
+    ).estimate
+
+
+def _settings(objective: object, **choices: Any) -> "IngestSettings":
+    from actstore.ingest.settings import IngestSettings
+
+    if objective is not None:
+        raise InvalidInput(
+            f"objective is {objective!r}; gradients come with a later version. Leave it out to "
+            "ingest the forward pass.",
+            kind=ErrorKind.INVALID_ARGUMENT,
+        )
+    return IngestSettings(**choices)
+
+
+def _corpus(source: Any, text_column: str, columns: Sequence[str] | None) -> "Corpus":
+    from actstore.ingest.pipeline import Corpus
+
+    names = (columns,) if isinstance(columns, str) else columns
+    return Corpus(source, text_column, None if names is None else tuple(names))
+
+
+def _names(locations: str | Sequence[str]) -> str | tuple[str, ...]:
+    return locations if isinstance(locations, str) else tuple(locations)
+
+
+def _path(path: StorePath) -> "Path":
+    from pathlib import Path
+
+    return Path(path).expanduser()
+
+
+def __getattr__(name: str) -> Any:
+    # Named in annotations and `isinstance`, and too heavy for every import.
+    if name == "Store":
+        from actstore.query.session import Store
+
+        return Store
+    if name == "Estimate":
+        from actstore.ingest.estimate import Estimate
+
+        return Estimate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -48,56 +48,70 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and stop."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print it and stop."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
-def _register(command: Callable[..., None], *examples: str) -> None:
+def _register(command: Callable[..., None], summary: str, *examples: str) -> None:
     lines = [f"  actstore {command.__name__} {example}".rstrip() for example in examples]
+    # Click keeps the lines of a paragraph that begins with a backspace.
     epilog = "\b\n" + "\n".join(["Examples:", *lines])
-    app.command(command.__name__, epilog=epilog)(command)
+    app.command(command.__name__, short_help=summary, epilog=epilog)(command)
 
 
-_register(demonstration.demo, "", "--out /tmp/demo --limit-tokens 200k")
+_register(
+    demonstration.demo,
+    "Ingest this machine's Python library, then ask about it.",
+    "",
+    "--out /tmp/demo --limit-tokens 200k",
+)
 _register(
     ingesting.estimate,
+    "Say what an ingest would write and take.",
     "gpt2 'corpus/*.txt' --locations neurons",
     "demo data.jsonl --text-column body --limit-tokens 2M --json",
 )
-_register(ingesting.plan, "gpt2 'corpus/*.txt' --context 512")
+_register(ingesting.plan, "Say how a corpus would be cut up.", "gpt2 'corpus/*.txt' --context 512")
 _register(
     ingesting.ingest,
+    "Run a model over a corpus and keep its activations.",
     "gpt2 'corpus/*.txt' --out runs/gpt2 --limit-tokens 2M --max-bytes 100GB",
     "demo data.parquet --out runs/demo --keep attn_query=raw --columns label,split",
 )
-_register(listing.info, "runs/gpt2", "runs/gpt2 --json")
-_register(listing.locations, "", "runs/gpt2")
-_register(listing.scalars, "", "--json")
+_register(listing.info, "Say what a store holds.", "runs/gpt2", "runs/gpt2 --json")
+_register(listing.locations, "List what can be kept, or what a store has.", "", "runs/gpt2")
+_register(listing.scalars, "List the derived scalars.", "", "--json")
 _register(
     querying.topk,
+    "Rank every value of a scalar, exactly.",
     "runs/gpt2 mlp_write_norm -k 10",
     "runs/gpt2 mlp_post_act --layer 3 --neuron 712 --distinct sequence",
     "runs/gpt2 mlp_post_act --where \"text = ' the'\" --units 'kurtosis > 10' --explain",
 )
 _register(
     querying.examples,
+    "Show contexts of one unit.",
     "runs/gpt2 mlp_post_act 3:712",
     "runs/gpt2 mlp_post_act 3:712 --kind quantile -k 10 --window 10,5",
 )
 _register(
     querying.derive,
+    "Compute a scalar on whole sequences.",
     "runs/gpt2 mlp_write_norm --sequence 17 --layer 3",
     "runs/gpt2 resid_post_mlp --sequence 0 --sequence 1 --out values.npz",
 )
 _register(
     querying.sql,
+    "Ask the tables of a store.",
     "runs/gpt2 'SELECT layer, neuron, kurtosis FROM neurons ORDER BY 3 DESC LIMIT 10'",
     "runs/gpt2 'FROM tokens' --format parquet --out tokens.parquet",
 )
-_register(upkeep.verify, "runs/gpt2")
-_register(upkeep.compact, "runs/gpt2")
+_register(upkeep.verify, "Read every byte against its checksum.", "runs/gpt2")
+_register(upkeep.compact, "Merge what queries need of all segments.", "runs/gpt2")
 
 
 def main() -> None:

@@ -55,13 +55,14 @@ _FAINT = 0.08
 """Share of the strongest value under which a token is not shaded."""
 
 _LONGEST_CELL = 200
+_SHORT = 24
 
 
 def visible(text: str) -> str:
-    """A text on one line, with everything that a terminal might obey spelled out.
+    r"""A text on one line, with everything that a terminal might obey spelled out.
 
-    >>> visible("a\\n\\x1b[31mb\\u202e")
-    'a↵\\\\x1b[31mb\\\\u202e'
+    >>> visible("a\n\x1b[31mb\u202e")
+    'a↵\\x1b[31mb\\u202e'
     """
     return "".join(
         character
@@ -143,18 +144,16 @@ def data_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     for number, name in enumerate(columns):
         values = [row[number] for row in members]
         numeric = _is_numeric(values)
+        column = _number_texts(name, values) if numeric else [_cell_text(value) for value in values]
+        texts.append(column)
+        widest = max(cell_len(text) for text in [visible(name), *column])
         table.add_column(
             Text(visible(name)),
             justify="right" if numeric else "left",
             no_wrap=True,
-            # A number is never cut short: it would read as another one.
-            min_width=max((len(text) for text in _number_texts(name, values)), default=0)
-            if numeric
-            else None,
+            # Long texts give way; a number that is cut short would read as another one.
+            min_width=widest if numeric or widest <= _SHORT else _SHORT,
             overflow="ellipsis",
-        )
-        texts.append(
-            _number_texts(name, values) if numeric else [_cell_text(value) for value in values]
         )
     for row in zip(*texts, strict=True):
         table.add_row(*(Text(text) for text in row))
@@ -170,7 +169,8 @@ def _is_numeric(values: Sequence[Any]) -> bool:
 
 def _number_texts(name: str, values: Sequence[Any]) -> list[str]:
     """The numbers of a column, in one form."""
-    if all(isinstance(value, int) or value is None for value in values):
+    whole = not any(isinstance(value, float) for value in values)
+    if whole:
         form = "d" if name in _IDENTIFIERS else ",d"
     else:
         sizes = [abs(v) for v in values if v is not None and math.isfinite(v) and v != 0]

@@ -28,7 +28,7 @@ _Model = Annotated[
 ]
 _Sources = Annotated[
     list[str],
-    typer.Argument(metavar="CORPUS...", help="Files, folders or globs: text, JSONL or Parquet."),
+    typer.Argument(metavar="CORPUS", help="Files, folders or globs: text, JSONL or Parquet."),
 ]
 _Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The store's directory.")]
 _MaybeOut = Annotated[
@@ -151,12 +151,13 @@ def estimate(
         segment_rows=segment_rows,
         batch_tokens=batch_tokens,
     )
+    read = _corpus(corpus, text_column, columns)
     from actstore.ingest.model import load_model
     from actstore.ingest.preview import preview
 
     loaded = load_model(model, device=device, revision=revision)
     with PhaseProgress(quiet=quiet) as progress:
-        found = preview(loaded, _corpus(corpus, text_column, columns), out, settings, progress)
+        found = preview(loaded, read, out, settings, progress)
     if as_json:
         print_json(found.estimate.to_json())
         return
@@ -204,19 +205,13 @@ def plan(
         segment_rows=segment_rows,
         batch_tokens=batch_tokens,
     )
+    read = _corpus(corpus, text_column, columns)
     from actstore.ingest.model import load_model
     from actstore.ingest.preview import preview
 
     loaded = load_model(model, device=device, revision=revision)
     with PhaseProgress(quiet=quiet) as progress:
-        found = preview(
-            loaded,
-            _corpus(corpus, text_column, columns),
-            out,
-            settings,
-            progress,
-            measure=False,
-        )
+        found = preview(loaded, read, out, settings, progress, measure=False)
     if as_json:
         print_json(found.plan.to_json())
         return
@@ -267,12 +262,11 @@ def ingest(
     )
     resume = f"actstore {shlex.join(typed.meta[ARGUMENTS])}"
     try:
+        read = _corpus(corpus, text_column, columns)
         from actstore.ingest.model import load_model
 
         loaded = load_model(model, device=device, revision=revision)
-        report, expected = run_ingest(
-            loaded, _corpus(corpus, text_column, columns), out, settings, quiet=quiet
-        )
+        report, expected = run_ingest(loaded, read, out, settings, quiet=quiet)
     except KeyboardInterrupt:
         # Before the first segment, or a second time while the last one was being written.
         _print_stop(resume, as_json=as_json)
@@ -315,14 +309,16 @@ def run_ingest(
     """
     from actstore.ingest import pipeline
     from actstore.ingest.preview import remaining_work
+    from actstore.store.manifest import MANIFEST
 
     shown = progress or PhaseProgress(quiet=quiet)
     expected: list[Estimate] = []
+    is_new = not (out / MANIFEST).exists()
 
     def announce(phase: str, done: int, total: int) -> None:
         # The plan is on disk by the first forward pass, and no segment is.
         if phase == "forward" and not expected:
-            expected.append(remaining_work(out))
+            expected.append(remaining_work(out, is_new=is_new))
             if not quiet:
                 error_console().print(estimate_table(expected[0]))
         shown(phase, done, total)
@@ -422,13 +418,18 @@ def _settings(
 
 
 def _corpus(sources: list[str], text_column: str, columns: str | None) -> "Corpus":
-    from actstore.ingest.pipeline import Corpus
+    from actstore.ingest.corpus import open_corpus
 
     kept = None
     if columns is not None:
         kept = tuple(name.strip() for name in columns.split(",") if name.strip())
     # Paths, whatever they look like: a corpus typed on the command line is files.
-    return Corpus([Path(source) for source in sources], text_column=text_column, columns=kept)
+    paths = [Path(source) for source in sources]
+    # A name that matches nothing is said before torch and a model are loaded.
+    open_corpus(paths, text_column=text_column, columns=kept)
+    from actstore.ingest.pipeline import Corpus
+
+    return Corpus(paths, text_column=text_column, columns=kept)
 
 
 def _plan_table(found: "PlanSummary") -> Any:

@@ -49,10 +49,10 @@ def print_json(value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """Strict JSON on one line, in ASCII, so that no control character gets through.
+    r"""Strict JSON on one line, in ASCII, so that no control character gets through.
 
-    >>> print(json_text({"value": float("nan"), "text": "\\x1b[1m\\x7f"}))
-    {"value": null, "text": "\\u001b[1m\\u007f"}
+    >>> print(json_text({"value": float("nan"), "text": "\x1b[1m\x7f"}))
+    {"value": null, "text": "\u001b[1m\u007f"}
     """
     return json.dumps(json_value(value), allow_nan=False).replace("\x7f", "\\u007f")
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.progress import (
     BarColumn,
@@ -69,7 +70,7 @@ class PhaseProgress:
         self._plain = not quiet and self._live is None
         self._printed: dict[str, tuple[float, int]] = {}
 
-    def __enter__(self) -> "PhaseProgress":
+    def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
         return self
@@ -115,8 +116,10 @@ class PhaseProgress:
             return
         self._printed[phase] = now, done
         elapsed = now - self.first[phase]
-        of_total = f" / {count_text(total)} {self._unit} ({done / total:.0%})" if total else (
-            f" {self._unit}"
+        of_total = (
+            f" / {count_text(total)} {self._unit} ({done / total:.0%})"
+            if total
+            else (f" {self._unit}")
         )
         rate = ""
         if elapsed > 0 and done:

@@ -1,5 +1,6 @@
 """Commands that ask a store: `topk`, `examples`, `derive` and `sql`."""
 
+import math
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -39,9 +40,7 @@ _Layers = Annotated[
 _K = Annotated[int, typer.Option("-k", metavar="K", help="Number of answers.")]
 _Where = Annotated[
     str | None,
-    typer.Option(
-        "--where", metavar="SQL", help="Predicate over tokens, sequences and documents."
-    ),
+    typer.Option("--where", metavar="SQL", help="Predicate over tokens, sequences and documents."),
 ]
 _Special = Annotated[
     bool, typer.Option("--special", help="Let position 0 and special tokens answer too.")
@@ -135,9 +134,7 @@ def topk(
 def examples(
     store: StorePath,
     scalar: _Scalar,
-    unit: Annotated[
-        str, typer.Argument(metavar="UNIT", help="layer:unit, or layer:head:channel.")
-    ],
+    unit: Annotated[str, typer.Argument(metavar="UNIT", help="layer:unit, or layer:head:channel.")],
     k: _K = 20,
     kind: Annotated[
         str, typer.Option("--kind", metavar="KIND", help="top, bottom, random or quantile.")
@@ -239,7 +236,7 @@ def sql(
     ] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the tables of a store: tokens, sequences, documents, neurons, top_activations …"""
+    """Ask the tables of a store: tokens, sequences, documents, neurons and more."""
     chosen = SqlFormat.JSON if as_json else form
     if (chosen is SqlFormat.PARQUET) > (out is not None):
         raise InvalidInput(
@@ -279,14 +276,15 @@ def print_examples(shown: "Console", found: "Examples", *, title: str = "") -> N
     shown.print(Text(heading, "bold"))
     if not len(found):
         shown.print("no row that may answer")
-    strongest = max((abs(v) for row in found for v in row.values if v == v), default=0.0)
+    strongest = max((abs(v) for row in found for v in row.values if not math.isnan(v)), default=0.0)
     values = [f"{row.value:.4g}" for row in found]
     places = [f"{row.sequence}:{row.position}" for row in found]
     value_width = max(map(len, values), default=0)
     place_width = max(map(len, places), default=0)
     for row, value, place in zip(found, values, places, strict=True):
         prefix = f"{value:>{value_width}}  {place:>{place_width}}  "
-        shown.print(Text(prefix).append(_strip(row, strongest, shown, len(prefix))), no_wrap=True)
+        line = Text(prefix).append(_strip(row, strongest, shown, len(prefix)))
+        shown.print(line, no_wrap=True, soft_wrap=not shown.is_terminal)
     shown.print(Text(_certificate_line(found.certificate), "dim"))
 
 
@@ -369,9 +367,7 @@ def _print_derived(shown: "Console", tensor: "LabelledTensor", texts: list[str])
     magnitude = np.where(np.isnan(flat), -1, np.abs(flat))
     best = magnitude.argmax(2)
     strongest = np.take_along_axis(flat, best[..., None], 2)[..., 0]
-    names = [
-        "" if layer is None else f"layer {layer}" for layer in tensor.layers or (None,)
-    ]
+    names = ["" if layer is None else f"layer {layer}" for layer in tensor.layers or (None,)]
     columns = ["token", "position", "text"]
     for name in names:
         columns += [name or "value"] if scalar_like else [f"{name} strongest".strip(), "at"]
@@ -395,9 +391,14 @@ def _print_derived(shown: "Console", tensor: "LabelledTensor", texts: list[str])
 def _write_npz(out: Path, tensor: "LabelledTensor") -> None:
     import numpy as np
 
-    arrays = {"values": tensor.numpy(), **tensor.coordinates}
+    arrays: dict[str, Any] = {
+        "name": np.array(tensor.name),
+        "dims": np.array(tensor.dims),
+        "values": tensor.numpy(),
+        **tensor.coordinates,
+    }
     try:
-        np.savez(out, dims=np.array(tensor.dims), name=np.array(tensor.name), **arrays)
+        np.savez(out, **arrays)
     except OSError as error:
         raise _cannot_write(out, error) from error
 
@@ -434,6 +435,11 @@ def _print_rows(shown: "Console", table: "pa.Table", limit: int | None) -> None:
     more = limit is not None and table.num_rows > limit
     rows = table.slice(0, limit).to_pylist() if limit is not None else table.to_pylist()
     names = table.column_names
+    if names == ["explain_key", "explain_value"]:
+        for row in rows:
+            for line in row["explain_value"].splitlines():
+                shown.print(visible(line), soft_wrap=True)
+        return
     shown.print(data_table(names, [[row[name] for name in names] for row in rows]))
     if more:
         note = f"the first {limit} rows; --rows 0 prints all, --format csv --out FILE keeps them"
@@ -465,11 +471,7 @@ def _csv_cells(values: Iterable[Any], *, safe: bool) -> list[str]:
     from actstore.cli.output import json_text
 
     texts = [
-        ""
-        if value is None
-        else json_text(value)
-        if isinstance(value, list | dict)
-        else str(value)
+        "" if value is None else json_text(value) if isinstance(value, list | dict) else str(value)
         for value in values
     ]
     return [visible(text) for text in texts] if safe else texts
