@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from crc32c import crc32c
 
 from actstore.ingest.capture import Capture
 from actstore.ingest.corpus import open_corpus
@@ -24,7 +25,7 @@ from actstore.ingest.settings import IngestSettings, Progress, segment_rows_for
 from actstore.ingest.snapshot import snapshot_files
 from actstore.ingest.tokenization import resolve_bos, special_token_ids, tokenize
 from actstore.ingest.writer import NumericOverflow, SegmentWriter
-from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs
+from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs, Part
 from actstore.store.commits import CommitRecord, commit_path, lock_segment, read_commits
 from actstore.store.errors import ErrorKind, InvalidInput, StoreConflict
 from actstore.store.layout import ArraySpec
@@ -286,7 +287,9 @@ def _plan_of(plans: Iterable[Plan], segment: int) -> Plan:
 def _require_free(blobs: LocalBlobs) -> None:
     """A new store goes into an empty directory, or one where this very ingest began."""
     for key in blobs.listing():
-        if key.split("/")[0] not in ("plan", "model", "locks") and TEMPORARY_MARK not in key:
+        is_ours = key.split("/")[0] in ("plan", "model", "locks") or TEMPORARY_MARK in key
+        # Another worker may have made the store since it was looked for.
+        if not is_ours and not blobs.exists(MANIFEST):
             raise InvalidInput(
                 f"{blobs.root} is not empty and not a store: it has {key}. Choose another --out.",
                 kind=ErrorKind.NOT_A_STORE,
@@ -321,7 +324,8 @@ def _plan_config(
     return PlanConfig(
         vocabulary_size=vocabulary_size,
         context=context,
-        stride=settings.stride or int(stored.get("stride", 0)),
+        stride=settings.stride
+        or (int(stored["stride"]) if context == stored.get("context") else 0),
         bos=bos,
         bos_token_id=bos_token_id,
         special_token_ids=special_token_ids(loaded.tokenizer, vocabulary_size),
@@ -441,15 +445,31 @@ def _publish_store(planned: PlannedIngest) -> None:
     """Model files, then ``store.json``, the set and the Zarr metadata."""
     blobs, manifest = planned.blobs, planned.manifest
     if planned.is_new:
-        files: list[FileEntry] = [
-            publish_file(blobs, key, parts) for key, parts in snapshot_files(planned.loaded).items()
-        ]
-        manifest = replace(manifest, files=tuple(files))
+        files = snapshot_files(planned.loaded)
+        manifest = replace(
+            manifest, files=tuple(_publish_same(blobs, key, files[key]) for key in files)
+        )
         if not blobs.publish(MANIFEST, [manifest.encode()]):
             read_manifest(blobs).require_same(manifest, blobs.root)
-    blobs.publish(planned.set_record.path, [planned.set_record.encode()])
+    _publish_same(blobs, planned.set_record.path, [planned.set_record.encode()])
     last = planned.outcome.plans[-1]
     publish_metadata(blobs, planned.set_record, last.first_segment + last.n_segments)
+
+
+def _publish_same(blobs: LocalBlobs, key: str, parts: Iterable[Part]) -> FileEntry:
+    """Publish a file, or find that it is there with the same bytes."""
+    entry = publish_file(blobs, key, parts)
+    checksum = 0
+    for part in parts:
+        checksum = crc32c(part, checksum)
+    if checksum != entry.crc32c:
+        raise StoreConflict(
+            f"{blobs.path(key)} is there already and is not what this run would write: another "
+            "run began here with another model or other settings. Repeat that run's, or ingest "
+            "into another path.",
+            kind=ErrorKind.CONFIG_CONFLICT,
+        )
+    return entry
 
 
 def _withdraw(planned: PlannedIngest) -> None:

@@ -23,9 +23,9 @@ from actstore.ingest.settings import IngestSettings, Progress
 from actstore.ingest.writer import SegmentAssembly
 from actstore.store.blobs import LocalBlobs
 from actstore.store.layout import PAGE_ROWS
+from actstore.store.model.readout import TOKENS_KEPT
 from actstore.store.plan import Plan, SegmentPlan
 from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE
-from actstore.store.model.readout import TOKENS_KEPT
 from actstore.store.publishing import publish_segment
 from actstore.store.reader import StoreReader
 from actstore.store.vocabulary import ActivationLocationType

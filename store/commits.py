@@ -5,6 +5,7 @@ time nor host nor process, so that two writers of one segment write the same rec
 Locks only save work; correctness rests on publishing without replacement.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actstore.store.blobs import LocalBlobs
+from actstore.store.blobs import LocalBlobs, write_failed
 from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.manifest import FileEntry
 from actstore.store.records import decode_record, encode_record
@@ -106,17 +107,29 @@ def read_commits(blobs: LocalBlobs, name: str) -> dict[int, CommitRecord]:
 
 @contextmanager
 def lock_segment(root: Path, name: str, segment: int) -> Iterator[bool]:
-    """Hold the advisory lock of a segment; yields False when another process has it."""
-    folder = root / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{segment:06d}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    """Hold the advisory lock of a segment; yields False when another process has it.
+
+    Where the file system has no locks every caller gets one: work is done twice, and nothing
+    else happens.
+
+    Raises:
+        WriteFailed: the disk is full, read-only or failing.
+    """
+    path = root / "locks" / f"{name}-{segment:06d}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise write_failed(path, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise write_failed(path, error) from error
         try:
             yield True
         finally:

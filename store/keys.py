@@ -12,7 +12,15 @@ import numpy.typing as npt
 
 from actstore.store.layout import StoredDtype
 
-__all__ = ["highest_key", "infinity_key", "key_values", "lowest_key", "ordered_keys"]
+__all__ = [
+    "finite_values",
+    "highest_key",
+    "infinity_key",
+    "key_values",
+    "lowest_key",
+    "ordered_keys",
+    "signed_zero_keys",
+]
 
 
 def ordered_keys(values: npt.NDArray[Any], dtype: StoredDtype) -> npt.NDArray[Any]:
@@ -28,12 +36,39 @@ def ordered_keys(values: npt.NDArray[Any], dtype: StoredDtype) -> npt.NDArray[An
     >>> ordered_keys(np.array([-1.5, -0.0, 0.0, 2.0], np.float16), StoredDtype.FLOAT16)
     array([-15873,      0,      0,  16384], dtype=int16)
     """
-    bits = values.view(dtype.keys)
-    magnitude = dtype.keys.type(np.iinfo(dtype.keys).max)
-    keys: npt.NDArray[Any] = bits ^ ((bits >> (8 * dtype.keys.itemsize - 1)) & magnitude)
+    keys = signed_zero_keys(values, dtype)
     # Folding sends -0.0 to -1, next to 0; nothing else maps there.
     keys += keys == -1
     return keys
+
+
+def signed_zero_keys(values: npt.NDArray[Any], dtype: StoredDtype) -> npt.NDArray[Any]:
+    """Keys that tell -0.0 (-1) from 0.0 (0), and are :func:`ordered_keys` otherwise.
+
+    Faster; what is folded from them becomes an ordered key by turning -1 into 0.
+    """
+    bits = values.view(dtype.keys)
+    keys: npt.NDArray[Any] = bits >> (8 * dtype.keys.itemsize - 1)
+    keys &= dtype.keys.type(np.iinfo(dtype.keys).max)
+    keys ^= bits
+    return keys
+
+
+def finite_values(values: npt.NDArray[Any], dtype: StoredDtype) -> npt.NDArray[np.float32]:
+    """Exact float32 copies of stored values that are finite; of others, anything.
+
+    float16 by integer arithmetic and one exact product, several times faster than numpy's
+    conversion: exponent and mantissa move to float32's place, and 2**112 makes up for the
+    difference of the exponents' offsets, subnormal numbers included.
+    """
+    if dtype is not StoredDtype.FLOAT16:
+        return dtype.to_float32(values)
+    bits = values.view(np.int16).astype(np.int32)
+    bits <<= 13
+    bits &= np.int32(-0x70002000)
+    numbers = bits.view(np.float32)
+    numbers *= np.float32(2.0**112)
+    return numbers
 
 
 def key_values(keys: npt.NDArray[Any], dtype: StoredDtype) -> npt.NDArray[np.float32]:

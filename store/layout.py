@@ -149,11 +149,7 @@ class ArraySpec:
     @property
     def has_zones(self) -> bool:
         """Whether units are columns that people rank: neurons and head channels."""
-        return not self.location.is_pair_shaped and self.location.axes[0] in (
-            Dimension.NEURON,
-            Dimension.HEAD,
-            Dimension.LATENT,
-        )
+        return self.location.is_ranked_by_unit
 
     @property
     def is_compressed(self) -> bool:

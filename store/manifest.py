@@ -167,7 +167,7 @@ def read_manifest(blobs: LocalBlobs) -> StoreManifest:
     data = blobs.read(MANIFEST)
     # A newer format may lay its record out otherwise, so its number is looked for first.
     newer = re.search(rb'"format":\s*(\d+)', data)
-    if newer and int(newer[1]) > FORMAT:
+    if newer and int(newer[1]) > FORMAT and not _is_ours_but_for(newer.span(1), data):
         raise NotAStore(
             f"{blobs.root} has format {int(newer[1])}; this version reads up to {FORMAT}. "
             "Upgrade actstore.",
@@ -187,6 +187,16 @@ def read_manifest(blobs: LocalBlobs) -> StoreManifest:
             kind=ErrorKind.MALFORMED_FILE,
         )
     return manifest
+
+
+def _is_ours_but_for(digits: tuple[int, int], data: bytes) -> bool:
+    """Whether a record is sound once the format's number is put right: then that was damaged."""
+    repaired = data[: digits[0]] + str(FORMAT).encode() + data[digits[1] :]
+    try:
+        decode_record(repaired, MANIFEST)
+    except StoreDamaged:
+        return False
+    return True
 
 
 def replaced_arrays(sets: dict[str, SetRecord]) -> set[str]:

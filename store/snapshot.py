@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +155,11 @@ def _compaction_lock(root: Path) -> Iterator[bool]:
     """Wait for the processes that compact this store; yields False when one takes too long."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
-        with lock_segment(root, "compaction", 0) as is_ours:
+        with ExitStack() as stack:
+            try:
+                is_ours = stack.enter_context(lock_segment(root, "compaction", 0))
+            except OSError as error:
+                raise write_failed(root, error) from error
             if is_ours or time.monotonic() > deadline:
                 yield is_ours
                 return

@@ -1,7 +1,7 @@
 """Mergeable statistics of units: counts and the first four central moments.
 
-Pages are summarised in float32 relative to their own mean, then merged in float64 with
-the pairwise update of Chan and Pébay (Pébay 2008, SAND2008-6212, eqs. 1.4 and 3.1).
+Pages are summarised in float32 relative to their own mean, then joined in float64 with
+the update of Chan and Pébay (Pébay 2008, SAND2008-6212, eqs. 1.4, 2.1 and 3.1).
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from actstore.store.layout import PAGE_ROWS
 
-__all__ = ["UnitStatistics", "merge_moments", "page_moments"]
+__all__ = ["UnitStatistics", "join_moments", "merge_moments", "page_moments"]
+
+_LANES = 16
 
 
 @dataclass(frozen=True)
@@ -58,50 +60,90 @@ class UnitStatistics:
 
 
 def page_moments(
-    values: npt.NDArray[np.float32], usable: npt.NDArray[np.bool_]
+    values: npt.NDArray[np.float32],
+    left_out: npt.NDArray[np.int64],
+    missing: npt.NDArray[np.bool_] | None,
 ) -> npt.NDArray[np.float64]:
-    """Mean, M2, M3 and M4 of every unit over the usable rows.
+    """Mean, M2, M3 and M4 of every page and unit.
 
     Args:
-        values: ``(row, unit)``.
-        usable: ``(row,)``, or ``(row, unit)`` where units lose different rows to NaN.
+        values: ``(row, unit)``, whole pages; overwritten.
+        left_out: rows that do not count.
+        missing: ``(row, unit)``, values that do not count; None where there are none.
 
     Returns:
-        float64 ``(unit, 4)``.
+        float64 ``(page, unit, 4)``; zeros for a page without a value.
     """
-    units = values.shape[1]
-    total = np.zeros((units, 4))
-    count = np.zeros(units)
-    for start in range(0, len(values), PAGE_ROWS):
-        page, mask = values[start : start + PAGE_ROWS], usable[start : start + PAGE_ROWS]
-        part, part_count = _moments(page[mask], None) if mask.ndim == 1 else _moments(page, mask)
-        total, count = merge_moments(total, count, part, part_count)
-    return total
-
-
-def _moments(
-    values: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_] | None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    units = values.shape[1]
-    if mask is None:
-        count = np.full(units, float(len(values)))
-        weights: Any = np.float32(1)
-    else:
-        count = mask.sum(0).astype(np.float64)
-        weights = mask.astype(np.float32)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        mean = np.where(count > 0, (values * weights).sum(0, dtype=np.float64) / count, 0.0)
-        centred = (values - mean.astype(np.float32)) * weights
-        squared = centred * centred
-        shift = mean - mean.astype(np.float32)
+    rows, units = values.shape
+    kept = np.ones(rows)
+    kept[left_out] = 0
+    count = np.repeat(kept.reshape(-1, PAGE_ROWS).sum(1)[:, None], units, axis=1)
+    values[left_out] = 0
+    if missing is not None:
+        values[missing] = 0
+        count -= missing.reshape(-1, PAGE_ROWS, units).sum(1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = _page_sums(values, np.float64) / np.maximum(count, 1)
+        about = mean.astype(np.float32)
+        # Sixteen rows side by side: long inner loops, where the units alone are too few.
+        lanes = values.reshape(len(mean), -1, _LANES * units)
+        lanes -= np.tile(about, (1, _LANES))[:, None]
+        values[left_out] = 0
+        if missing is not None:
+            values[missing] = 0
+        squared = values * values
+        s2 = _page_sums(squared, np.float32)
+        values *= squared
+        s3 = _page_sums(values, np.float32)
+        squared *= squared
+        s4 = _page_sums(squared, np.float32)
         # Moments about the rounded mean, moved to the mean itself.
-        s2 = squared.sum(0, dtype=np.float64)
-        s3 = (squared * centred).sum(0, dtype=np.float64)
-        s4 = (squared * squared).sum(0, dtype=np.float64)
+        shift = mean - about
         m2 = s2 - count * shift**2
         m3 = s3 - 3 * shift * s2 + 2 * count * shift**3
         m4 = s4 - 4 * shift * s3 + 6 * shift**2 * s2 - 3 * count * shift**4
-    return np.stack([mean, m2, m3, m4], axis=1), count
+    return np.stack([mean, m2, m3, m4], axis=2)
+
+
+def _page_sums(values: npt.NDArray[np.float32], first: type) -> npt.NDArray[np.float64]:
+    """float64 sums ``(page, unit)`` of ``(row, unit)``, the first 8 addends in ``first``.
+
+    Eight float32 additions lose at most 7 * 2**-24 of the sum of magnitudes. The order of all
+    additions is fixed, so the sums do not depend on the processor.
+    """
+    rows, units = values.shape
+    pages = rows // PAGE_ROWS
+    partial = values.reshape(pages, 8, -1).sum(1, dtype=first)
+    total: npt.NDArray[np.float64] = partial.reshape(pages, -1, units).sum(1, dtype=np.float64)
+    return total
+
+
+def join_moments(
+    moments: npt.NDArray[np.float64], count: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """Moments ``(unit, 4)`` of disjoint samples ``(sample, unit, 4)`` together.
+
+    Moments about each sample's mean, moved to the common one and added (Pébay 2008, eq. 2.1).
+
+    Args:
+        moments: mean, M2, M3, M4 of each sample.
+        count: values of each, ``(sample, unit)``.
+    """
+    mean, m2, m3, m4 = np.moveaxis(moments, 2, 0)
+    n = count.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        common = (n * mean).sum(0) / np.maximum(n.sum(0), 1)
+        delta = mean - common
+        square = delta * delta
+        return np.stack(
+            [
+                common,
+                (m2 + n * square).sum(0),
+                (m3 + delta * (3 * m2 + n * square)).sum(0),
+                (m4 + delta * (4 * m3) + square * (6 * m2 + n * square)).sum(0),
+            ],
+            axis=1,
+        )
 
 
 def merge_moments(

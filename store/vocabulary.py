@@ -231,6 +231,12 @@ class ActivationLocationType(Enum):
         return Dimension.ATTENDED in self.axes
 
     @property
+    def is_ranked_by_unit(self) -> bool:
+        """Whether its units are columns that people rank: neurons, head channels, latents."""
+        first = self.axes[0]
+        return not self.is_pair_shaped and first in (_D.NEURON, _D.HEAD, _D.LATENT)
+
+    @property
     def lens_name(self) -> str:
         """TransformerLens' hook name, without ``blocks.N.``."""
         return self.value.lens_name

@@ -16,26 +16,43 @@ section            shape                                       meaning
 =================  ==========================================  =======================
 
 Arrays without a node axis have ``checksums`` alone.
+
+A segment is described in one pass over blocks that fit the processor's cache, in the
+order of the file: nothing is transposed. Extremes are folded over groups of 16 rows first,
+so that the lists are found by looking into the few groups that reach far enough.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from actstore.store.keys import highest_key, infinity_key, key_values, lowest_key, ordered_keys
+from actstore.store.keys import (
+    finite_values,
+    highest_key,
+    infinity_key,
+    lowest_key,
+    ordered_keys,
+    signed_zero_keys,
+)
 from actstore.store.layout import PAGE_ROWS, ArraySpec
 from actstore.store.shards import SegmentBuffer, block_checksums
-from actstore.store.statistics import page_moments
+from actstore.store.statistics import join_moments, page_moments
 
-__all__ = ["LIST_LENGTH", "describe_segment", "select_extremes"]
+__all__ = ["EMPTY_ROW", "LIST_LENGTH", "describe_segment"]
 
 LIST_LENGTH = 8
 """Entries per tail and unit in a segment's list."""
 
 EMPTY_ROW = 0xFFFF
 """Row of a list entry that does not exist; its key is the identity of the fold."""
+
+_GROUP = 16
+"""Rows whose extremes are kept while a layer is described; divides a page."""
+
+_BLOCK_VALUES = 2**16
+"""Values worked on at once: with their float32 copies they stay in the processor's cache."""
 
 
 def describe_segment(
@@ -51,138 +68,249 @@ def describe_segment(
     sections: dict[str, npt.NDArray[Any]] = {"checksums": block_checksums(spec, buffer.chunks)}
     if not spec.has_zones:
         return sections
-    per_layer = [_describe_layer(spec, rows, special) for rows in _layers(buffer)]
+    per_layer = [_Layer(spec, chunks, special).describe() for chunks in buffer.chunks]
     sections.update({name: np.stack([part[name] for part in per_layer]) for name in per_layer[0]})
     return sections
 
 
-def _layers(buffer: SegmentBuffer) -> Iterator[npt.NDArray[Any]]:
-    """Row-major ``(row, unit)`` values of each layer."""
-    spec = buffer.spec
-    for chunks in buffer.chunks:
-        rows = chunks.transpose(0, 2, 1, 3).reshape(-1, spec.column_chunks * spec.chunk_width)
-        yield rows[: buffer.rows, : spec.columns]
+@dataclass(frozen=True)
+class _Block:
+    """What a block of whole pages and one column chunk says of its units.
+
+    Attributes:
+        group_max, group_min: keys ``(group, unit)``.
+        positive, nan: counts ``(page, unit)``.
+        moments: float64 ``(page, unit, 4)``.
+    """
+
+    group_max: npt.NDArray[Any]
+    group_min: npt.NDArray[Any]
+    positive: npt.NDArray[np.uint32]
+    nan: npt.NDArray[np.uint32]
+    moments: npt.NDArray[np.float64]
 
 
-def _describe_layer(
-    spec: ArraySpec, values: npt.NDArray[Any], special: npt.NDArray[np.bool_]
-) -> dict[str, npt.NDArray[Any]]:
-    keys = ordered_keys(np.ascontiguousarray(values), spec.dtype)
-    limit = infinity_key(spec.dtype)
-    low, high = (
-        spec.dtype.keys.type(lowest_key(spec.dtype)),
-        spec.dtype.keys.type(highest_key(spec.dtype)),
-    )
-    has_nan = bool(keys.max(initial=0) > limit or keys.min(initial=0) < -limit - 1)
-    missing = (keys > limit) | (keys < -limit - 1) if has_nan else None
-    ordinary = ~special
-
-    for_max, for_min = keys, keys.copy()
-    special_keys = keys[special]
-    if missing is not None:
-        missing_special = missing[special]
-        special_max = np.where(missing_special, low, special_keys)
-        special_min = np.where(missing_special, high, special_keys)
-        for_max[missing], for_min[missing] = low, high
-    else:
-        special_max = special_min = special_keys
-    for_max[special], for_min[special] = low, high
-
-    page_max = _fold_pages(for_max, spec.pages, np.maximum, low)
-    page_min = _fold_pages(for_min, spec.pages, np.minimum, high)
-    segment = np.stack(
-        [
-            page_max.max(1),
-            page_min.min(1),
-            special_max.max(0, initial=low),
-            special_min.min(0, initial=high),
-        ],
-        axis=1,
-    )
-    top_key, top_row = select_extremes(for_max, page_max, LIST_LENGTH, low)
-    # The least are the greatest of the complement, ties by row alike.
-    low_key, low_row = select_extremes(~for_min, ~page_min, LIST_LENGTH, low)
-    usable = np.broadcast_to(ordinary[:, None], keys.shape)
-    if missing is not None:
-        usable = usable & ~missing
-    counts = np.stack(
-        [
-            usable.sum(0, dtype=np.uint32),
-            (for_max > 0).sum(0, dtype=np.uint32),
-            (
-                missing[ordinary].sum(0, dtype=np.uint32)
-                if missing is not None
-                else np.zeros(spec.columns, np.uint32)
-            ),
-        ],
-        axis=1,
-    )
-    decoded = key_values(np.where(usable, for_max, 0), spec.dtype)
-    return {
-        "page_max": page_max,
-        "page_min": page_min,
-        "segment": segment,
-        "top_key": top_key,
-        "top_row": top_row,
-        "low_key": ~low_key,
-        "low_row": low_row,
-        "moments": page_moments(decoded, usable if missing is not None else ordinary),
-        "counts": counts,
-    }
-
-
-def _fold_pages(
-    keys: npt.NDArray[Any], pages: int, fold: np.ufunc, identity: Any
-) -> npt.NDArray[Any]:
-    """``(unit, page)`` fold of ``(row, unit)`` keys over pages of 512 rows."""
-    folded = np.full((pages, keys.shape[1]), identity, keys.dtype)
-    for page, start in enumerate(range(0, len(keys), PAGE_ROWS)):
-        folded[page] = fold.reduce(keys[start : start + PAGE_ROWS], axis=0)
-    return np.ascontiguousarray(folded.T)
-
-
-def select_extremes(
-    keys: npt.NDArray[Any], page_max: npt.NDArray[Any], count: int, identity: Any
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint16]]:
-    """The ``count`` greatest keys of every unit, then lower rows first.
+class _Layer:
+    """One layer of a segment.
 
     Args:
-        keys: ``(row, unit)``; excluded rows hold ``identity``.
-        page_max: ``(unit, page)`` maxima of the same keys: ``count`` pages reach their own
-            maximum, so the ``count``-th greatest of those is a floor for the answer.
-        count: entries per unit.
-        identity: the key below every value.
-
-    Returns:
-        Keys ``(unit, count)`` in rank order and rows ``(unit, count)``; missing entries hold
-        ``identity`` and ``0xFFFF``.
+        spec: the array.
+        chunks: ``(row_chunk, column_chunk, row, column)``.
+        special: ``(row,)`` over the filled rows.
     """
-    rows, units = keys.shape
-    floor = np.full(units, identity, keys.dtype)
-    if page_max.shape[1] >= count:
-        floor = np.partition(page_max, page_max.shape[1] - count, axis=1)[:, -count]
-    candidate = keys >= floor
-    candidate &= keys > identity
-    found = candidate.sum(0)
-    top_key = np.full((units, count), identity, keys.dtype)
-    top_row = np.full((units, count), EMPTY_ROW, np.uint16)
-    heavy = found > 4 * count
-    for unit in np.flatnonzero(heavy):
-        # Many candidates (ties, short segments): one composite key orders value, then row.
-        composite = (keys[:, unit].astype(np.int64) << 17) | (65536 - np.arange(rows))
-        composite = composite[keys[:, unit] > identity]
-        best = np.partition(composite, max(len(composite) - count, 0))[-count:]
-        best = np.sort(best)[::-1]
-        top_key[unit, : len(best)] = best >> 17
-        top_row[unit, : len(best)] = 65536 - (best & 0x1FFFF)
-    candidate[:, heavy] = False
-    unit_of, row_of = np.nonzero(candidate.T)
-    key_of = keys[row_of, unit_of]
-    order = np.lexsort((row_of, -key_of.astype(np.int64), unit_of))
-    unit_of, row_of, key_of = unit_of[order], row_of[order], key_of[order]
-    first = np.searchsorted(unit_of, np.arange(units))
-    rank = np.arange(len(unit_of)) - first[unit_of]
-    keep = rank < count
-    top_key[unit_of[keep], rank[keep]] = key_of[keep]
-    top_row[unit_of[keep], rank[keep]] = row_of[keep]
-    return top_key, top_row
+
+    def __init__(
+        self, spec: ArraySpec, chunks: npt.NDArray[Any], special: npt.NDArray[np.bool_]
+    ) -> None:
+        self._spec = spec
+        self._chunks = chunks
+        self._special = special
+        self._low = spec.dtype.keys.type(lowest_key(spec.dtype))
+        self._high = spec.dtype.keys.type(highest_key(spec.dtype))
+        self._limit = infinity_key(spec.dtype)
+        # Rows that no sequence fills are passed over like special ones.
+        self._left_out = np.ones(len(chunks) * spec.chunk_rows, bool)
+        self._left_out[: len(special)] = special
+
+    def describe(self) -> dict[str, npt.NDArray[Any]]:
+        """The layer's part of every section but the checksums."""
+        spec, low, high = self._spec, self._low, self._high
+        units = spec.column_chunks * spec.chunk_width
+        rows = len(self._left_out)
+        group_max = np.empty((rows // _GROUP, units), spec.dtype.keys)
+        group_min = np.empty_like(group_max)
+        moments = np.empty((rows // PAGE_ROWS, units, 4))
+        positive = np.empty((rows // PAGE_ROWS, units), np.uint32)
+        nan = np.empty_like(positive)
+        pages = max(1, _BLOCK_VALUES // (spec.chunk_width * PAGE_ROWS))
+        step = min(pages * PAGE_ROWS, spec.chunk_rows)
+        for row_chunk, column_chunk in np.ndindex(*self._chunks.shape[:2]):
+            columns = slice(column_chunk * spec.chunk_width, (column_chunk + 1) * spec.chunk_width)
+            for start in range(0, spec.chunk_rows, step):
+                stop = min(start + step, spec.chunk_rows)
+                first = row_chunk * spec.chunk_rows + start
+                last = first + stop - start
+                block = self._describe_block(
+                    self._chunks[row_chunk, column_chunk, start:stop],
+                    np.flatnonzero(self._left_out[first:last]),
+                )
+                groups = slice(first // _GROUP, last // _GROUP)
+                within = slice(first // PAGE_ROWS, last // PAGE_ROWS)
+                group_max[groups, columns] = block.group_max
+                group_min[groups, columns] = block.group_min
+                moments[within, columns] = block.moments
+                positive[within, columns] = block.positive
+                nan[within, columns] = block.nan
+        units = spec.columns
+        page_max = self._fold_pages(group_max[:, :units], np.maximum, low)
+        page_min = self._fold_pages(group_min[:, :units], np.minimum, high)
+        special_max, special_min = self._special_extremes()
+        top_key, top_row = self._select(group_max[:, :units], page_max, np.int8(0))
+        # The least are the greatest of the complement, ties by row alike.
+        low_key, low_row = self._select(~group_min[:, :units], ~page_min, np.int8(-1))
+        ordinary = (~self._left_out).reshape(-1, PAGE_ROWS).sum(1)
+        count = ordinary[:, None] - nan[:, :units].astype(np.int64)
+        return {
+            "page_max": page_max,
+            "page_min": page_min,
+            "segment": np.stack(
+                [page_max.max(1), page_min.min(1), special_max[:units], special_min[:units]], axis=1
+            ),
+            "top_key": top_key,
+            "top_row": top_row,
+            "low_key": ~low_key,
+            "low_row": low_row,
+            "moments": join_moments(moments[:, :units], count),
+            "counts": np.stack(
+                [
+                    count.sum(0).astype(np.uint32),
+                    positive[:, :units].sum(0, dtype=np.uint32),
+                    nan[:, :units].sum(0, dtype=np.uint32),
+                ],
+                axis=1,
+            ),
+        }
+
+    def _describe_block(
+        self, stored: npt.NDArray[Any], left_out: npt.NDArray[np.int64]
+    ) -> _Block:
+        """Summarise ``stored (row, column)``; the rows ``left_out`` do not count."""
+        low, high, limit = self._low, self._high, self._limit
+        keys = signed_zero_keys(stored, self._spec.dtype)
+        keys[left_out] = low
+        group_max = _fold_groups(keys, np.maximum)
+        positive = keys > 0
+        keys[left_out] = high
+        group_min = _fold_groups(keys, np.minimum)
+        missing = None
+        is_finite = bool(group_max.max() < limit and group_min.min() > -limit - 1)
+        if not is_finite:
+            missing = (keys > limit) | (keys < -limit - 1)
+            missing[left_out] = False
+            positive[missing] = False
+            keys[missing] = high
+            group_min = _fold_groups(keys, np.minimum)
+            keys[missing] = low
+            keys[left_out] = low
+            group_max = _fold_groups(keys, np.maximum)
+        # Zero and minus zero share a key; only minus zero has the key -1 until here.
+        group_max += group_max == -1
+        group_min += group_min == -1
+        if is_finite:
+            values = finite_values(stored, self._spec.dtype)
+        else:
+            values = self._spec.dtype.to_float32(stored)
+        return _Block(
+            group_max,
+            group_min,
+            _count(positive),
+            np.zeros((len(stored) // PAGE_ROWS, stored.shape[1]), np.uint32)
+            if missing is None
+            else _count(missing),
+            page_moments(values, left_out, missing),
+        )
+
+    def _fold_pages(
+        self, groups: npt.NDArray[Any], fold: np.ufunc, identity: Any
+    ) -> npt.NDArray[Any]:
+        """Keys ``(unit, page)`` of all the segment's pages from ``(group, unit)`` ones."""
+        per_page = groups.reshape(-1, PAGE_ROWS // _GROUP, groups.shape[1])
+        pages = np.full((groups.shape[1], self._spec.pages), identity, groups.dtype)
+        pages[:, : len(per_page)] = fold.reduce(per_page, axis=1).T
+        return pages
+
+    def _special_extremes(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Greatest and least key ``(unit,)`` over the special rows."""
+        row_chunk, row = np.divmod(np.flatnonzero(self._special), self._spec.chunk_rows)
+        # Indices on both sides of a slice put their axis first.
+        stored = self._chunks[row_chunk, :, row].reshape(len(row), len(self._chunks[0]) * self._spec.chunk_width)
+        keys = ordered_keys(stored, self._spec.dtype)
+        missing = (keys > self._limit) | (keys < -self._limit - 1)
+        greatest = np.where(missing, self._low, keys).max(0, initial=self._low)
+        least = np.where(missing, self._high, keys).min(0, initial=self._high)
+        return greatest, least
+
+    def _select(
+        self, groups: npt.NDArray[Any], pages: npt.NDArray[Any], flip: np.int8
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint16]]:
+        """The greatest keys of every unit, then lower rows first.
+
+        Args:
+            groups: greatest key of each group of rows, ``(group, unit)``.
+            pages: greatest key of each page, ``(unit, page)``.
+            flip: 0, or -1 when groups and pages hold complements of keys.
+
+        Returns:
+            Keys ``(unit, 8)`` in rank order and rows ``(unit, 8)``; missing entries hold the
+            lowest key and ``0xFFFF``.
+        """
+        low, count = self._low, LIST_LENGTH
+        units = groups.shape[1]
+        # That many pages reach their own maximum, so the last of those is a floor.
+        floor = _nth_greatest(pages, count, low)
+        reached = (groups >= floor) & (groups > low)
+        crowded = np.flatnonzero(np.count_nonzero(reached, axis=0) > 4 * count)
+        if len(crowded):
+            columns = np.ascontiguousarray(groups[:, crowded].T)
+            floor[crowded] = least = _nth_greatest(columns, count, low)
+            above = columns > least[:, None]
+            # Of groups that only tie with the floor the first ones have the first rows.
+            tied = (columns == least[:, None]) & (columns > low)
+            tied &= np.cumsum(tied, axis=1, dtype=np.int32) <= count
+            reached[:, crowded] = (above | tied).T
+        unit_of, group_of = np.nonzero(np.ascontiguousarray(reached.T))
+        row_of = group_of[:, None] * _GROUP + np.arange(_GROUP)
+        keys = self._keys_at(unit_of[:, None], row_of) ^ flip
+        keys[self._left_out[row_of]] = low
+        keys[self._missing(keys ^ flip)] = low
+        pair, place = np.nonzero((keys >= floor[unit_of, None]) & (keys > low))
+        unit_of, row_of, key_of = unit_of[pair], row_of[pair, place], keys[pair, place]
+        # Candidates come by unit and row; a stable sort by unit and key keeps that of rows.
+        order = np.argsort((unit_of << 32) - key_of, kind="stable")
+        unit_of, row_of, key_of = unit_of[order], row_of[order], key_of[order]
+        rank = np.arange(len(unit_of)) - np.searchsorted(unit_of, np.arange(units))[unit_of]
+        keep = rank < count
+        top_key = np.full((units, count), low, groups.dtype)
+        top_row = np.full((units, count), EMPTY_ROW, np.uint16)
+        top_key[unit_of[keep], rank[keep]] = key_of[keep]
+        top_row[unit_of[keep], rank[keep]] = row_of[keep]
+        return top_key, top_row
+
+    def _keys_at(
+        self, units: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> npt.NDArray[Any]:
+        spec = self._spec
+        column_chunk, column = np.divmod(units, spec.chunk_width)
+        row_chunk, row = np.divmod(rows, spec.chunk_rows)
+        chunk = row_chunk * spec.column_chunks + column_chunk
+        place = (chunk * spec.chunk_rows + row) * spec.chunk_width + column
+        return ordered_keys(self._chunks.reshape(-1)[place], spec.dtype)
+
+    def _missing(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        return (keys > self._limit) | (keys < -self._limit - 1)
+
+
+def _fold_groups(keys: npt.NDArray[Any], fold: np.ufunc) -> npt.NDArray[Any]:
+    """``(group, unit)`` fold of ``(row, unit)``, by halves: whole vectors at a time."""
+    folded = keys.reshape(-1, _GROUP, keys.shape[1])
+    while folded.shape[1] > 1:
+        half = folded.shape[1] // 2
+        folded = fold(folded[:, :half], folded[:, half:])
+    return folded[:, 0]
+
+
+def _count(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+    """``(page, unit)`` numbers of true elements of ``(row, unit)``."""
+    rows, units = mask.shape
+    lanes = mask.view(np.uint8).reshape(rows // PAGE_ROWS, -1, _GROUP * units)
+    # 32 ones fit a byte, and adding bytes is the fastest addition there is.
+    partial = lanes.sum(1, dtype=np.uint8).reshape(len(lanes), _GROUP, units)
+    return partial.sum(1, dtype=np.uint32)
+
+
+def _nth_greatest(values: npt.NDArray[Any], n: int, identity: Any) -> npt.NDArray[Any]:
+    """The ``n``-th greatest of every row; ``identity`` where there are fewer."""
+    if values.shape[1] < n:
+        return np.full(len(values), identity, values.dtype)
+    nth: npt.NDArray[Any] = np.partition(values, values.shape[1] - n, axis=1)[:, -n]
+    return nth

@@ -1,6 +1,7 @@
 """Publishing, parts, compaction and snapshots: every table against the values themselves."""
 
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from pyarrow import parquet
 from store_builder import append_plan, build_store, commit_segments, stored_rows, to_stored
 
 from actstore.store.blobs import LocalBlobs
-from actstore.store.commits import CommitRecord, read_commits
-from actstore.store.errors import ErrorKind, StoreDamaged
+from actstore.store.commits import CommitRecord, lock_segment, read_commits
+from actstore.store.errors import ErrorKind, StoreDamaged, WriteFailed
 from actstore.store.layout import StoredDtype
 from actstore.store.model.pieces import vocabulary_pieces
 from actstore.store.model.readout import read_readout
@@ -449,6 +450,24 @@ def test_opening_writes_nothing_to_the_store(
         opened.connection.close()
     after = {path: path.stat().st_mtime_ns for path in [*bare.rglob("*"), *root.rglob("*")]}
     assert after == before
+
+
+def test_unwritable_store_is_said_to_be_so(root: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(root, tmp_path / "s"))
+    (path / "locks").rmdir()
+    (path / "locks").write_text("a file where a folder should be")
+    with pytest.raises(WriteFailed, match="Cannot write"):
+        compact(StoreReader(path))
+
+
+def test_compaction_waits_for_another(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actstore.store.snapshot._LOCK_SECONDS", 0.3)
+    before = files_of(root)
+    started = time.monotonic()
+    with lock_segment(root, "compaction", 0):
+        assert compact(StoreReader(root)).removed == ()
+    assert time.monotonic() - started >= 0.3
+    assert files_of(root) == before
 
 
 # Damage

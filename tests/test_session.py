@@ -376,7 +376,7 @@ def test_what_is_not_committed_is_never_read_as_something(half: Store) -> None:
         lambda: half.derive("mlp_write_norm", sequences=15),
         lambda: half.gather("mlp_post_act", tokens=[0, 1536]),
     ):
-        with pytest.raises(Unavailable, match="is not committed") as caught:
+        with pytest.raises(Unavailable, match="planned but not ingested yet") as caught:
             call()
         assert caught.value.kind is ErrorKind.NOT_STORED
     rows = collect(half.batches("mlp_post_act", layer=0, size=64, shuffle=0, special=True))[1]

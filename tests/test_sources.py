@@ -217,12 +217,13 @@ def test_scores_are_scaled_by_layer_where_the_model_says_so() -> None:
                 assert float(found[row, head, attended]) == pytest.approx(expected)
 
 
-ROW_LENGTHS = [200, 90, 333, 150, 40, 512, 7, 480]
+# They fill a segment to its last row, so that rows run on across segments.
+ROW_LENGTHS = [200, 90, 333, 150, 40, 512, 7, 480, 236]
 
 
 @pytest.fixture(scope="module")
 def two_segments(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, npt.NDArray[np.float32]]:
-    """A store of several segments of 2048 rows, and its values by corpus token."""
+    """A store of two full segments of 2048 rows, and its values by row."""
     lengths = ROW_LENGTHS * 2
     values = np.random.default_rng(1).normal(size=(2, sum(lengths), 3)).astype(np.float32)
     path = build_store(
@@ -231,9 +232,8 @@ def two_segments(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, npt.N
         lengths,
         dtype="float32",
         segment_rows=2048,
-        shuffle=4,
     )
-    by_row = np.full((2, 3 * 2048, 3), np.nan, np.float32)
+    by_row = np.full((2, 2 * 2048, 3), np.nan, np.float32)
     by_row[:, stored_rows(path)] = values
     return Store(path), by_row
 
@@ -258,6 +258,15 @@ def test_read_rows_equals_indexing(
     for layer in range(2):
         found = read_rows(store.reader.array(MLP), layer, rows)
         assert np.array_equal(found, by_row[layer, rows])
+
+
+def test_rows_run_on_across_segments(
+    two_segments: tuple[Store, npt.NDArray[np.float32]],
+) -> None:
+    store, by_row = two_segments
+    for rows in (np.arange(1900, 2300), np.arange(4096), np.arange(2047, 2049)):
+        found = read_rows(store.reader.array(MLP), 1, rows)
+        assert np.array_equal(found, by_row[1, rows])
 
 
 def test_sources_tell_forward_and_backward_apart(

@@ -173,7 +173,7 @@ def _number_texts(name: str, values: Sequence[Any]) -> list[str]:
     if whole:
         form = "d" if name in _IDENTIFIERS else ",d"
     else:
-        sizes = [abs(v) for v in values if v is not None and math.isfinite(v) and v != 0]
+        sizes = [abs(v) for v in values if v and math.isfinite(v)]
         plain = not sizes or (max(sizes) < 1e6 and min(sizes) >= 1e-3)
         form = f",.{max(0, 4 - int(math.log10(max(sizes, default=1.0))))}f" if plain else ".4g"
     return ["" if value is None else _number_text(value, form) for value in values]

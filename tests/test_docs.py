@@ -1,0 +1,61 @@
+"""The README's and the pages' code runs, and what they name exists."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import actstore
+from actstore.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^ {4}actstore (.+)$", re.MULTILINE)
+
+
+def test_the_tour_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippets = SNIPPET.findall((ROOT / "README.md").read_text())
+    assert len(snippets) >= 5
+    texts = [f"def f{n}(x):\n    return x + {n}\n\n\n" * 30 for n in range(20)]
+    names: dict[str, object] = {"texts": texts}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    store = names["store"]
+    assert isinstance(store, actstore.Store)
+    store.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_in_the_pages_exist(page: Path) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for line in COMMAND.findall(page.read_text()):
+        words = line.split("#")[0].split()
+        assert words[0] in commands, line
+        known = {option for p in commands[words[0]].params for option in p.opts + p.secondary_opts}
+        for word in words[1:]:
+            if re.fullmatch(r"--?[a-z][a-z-]*", word):
+                assert word in known, f"{line}: {word}"
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:store|ingest|query|tests|src)/[\w/.]+)`", text))
+    assert len(named) > 10
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_page_of_scalars_is_up_to_date() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "document_scalars.py"))
+    message = "run: python scripts/document_scalars.py"
+    assert script["PAGE"].read_text() == script["page"](), message
