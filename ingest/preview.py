@@ -164,6 +164,7 @@ def remaining_work(path: str | Path, *, is_new: bool) -> Estimate:
             neurons=int(reader.manifest.model["dimensions"]["d_mlp"]),
             vocabulary=int(reader.manifest.model["dimensions"]["vocabulary_size"]),
             model_bytes=sum(entry.size for entry in reader.manifest.files) if is_new else 0,
+            model_files=len(reader.manifest.files),
             plan_bytes=(
                 sum(entry.size for plan in reader.plans for entry in plan.files) if is_new else 0
             ),
@@ -217,6 +218,7 @@ def _size(planned: PlannedIngest) -> StoreSize:
     dimensions = planned.loaded.dimensions
     created = planned.outcome.created
     plan_bytes = sum(entry.size for entry in created.files) if created else 0
+    model_bytes, model_files = _model_size(planned.loaded) if planned.is_new else (0, 0)
     return StoreSize(
         arrays=planned.set_record.arrays,
         plans=planned.outcome.plans,
@@ -224,23 +226,27 @@ def _size(planned: PlannedIngest) -> StoreSize:
         n_layers=dimensions.n_layers,
         neurons=dimensions.d_mlp,
         vocabulary=dimensions.vocabulary_size,
-        model_bytes=_model_bytes(planned.loaded) if planned.is_new else 0,
+        model_bytes=model_bytes,
+        model_files=model_files,
         plan_bytes=plan_bytes,
         is_new=planned.is_new,
         has_new_plan=created is not None,
     )
 
 
-def _model_bytes(loaded: LoadedModel) -> int:
-    tokenizer = 0
+def _model_size(loaded: LoadedModel) -> tuple[int, int]:
+    """Bytes and number of the files that a store keeps of a model."""
+    tokenizer: list[int] = []
     if loaded.tokenizer is not None:
         with tempfile.TemporaryDirectory() as folder:
             loaded.tokenizer.save_pretrained(folder)
-            tokenizer = sum(path.stat().st_size for path in Path(folder).iterdir())
+            tokenizer = [path.stat().st_size for path in Path(folder).iterdir()]
     dimensions = loaded.dimensions
     # Three norms in float64, and twice the kept tokens with their scores, for every neuron.
     readout = dimensions.n_layers * dimensions.d_mlp * (3 * 8 + 2 * TOKENS_KEPT * (4 + 4))
-    return loaded.parameters.size + tokenizer + readout + _RECORD_BYTES
+    size = loaded.parameters.size + readout + sum(tokenizer) + _RECORD_BYTES
+    # Parameters, readout, config and the record of them all.
+    return size, len(tokenizer) + 4
 
 
 def _padded_tokens(plans: Sequence[Plan], remaining: Mapping[int, int]) -> float:

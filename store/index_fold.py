@@ -89,9 +89,8 @@ def fold_layer(
             merger.add(keys, rows + first, has_more)
         for number, file in enumerate(files):
             bounds[:, :, before + start + number] = file.row("segment", layer)
-    moments, counts = fold_moments(
-        array, segments, layer, beginning and (beginning.moments, beginning.counts)
-    )
+    folded = None if beginning is None else (beginning.moments, beginning.counts)
+    moments, counts = fold_moments(array, segments, layer, folded)
     return LayerIndex(mergers["top"].lists, mergers["low"].lists, bounds, moments, counts)
 
 

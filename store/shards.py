@@ -79,18 +79,19 @@ class SegmentBuffer:
             values: storage dtype ``(row, *unit_shape)``.
         """
         spec = self.spec
-        flat = values.reshape(len(values), spec.columns)
+        flat = np.ascontiguousarray(values, spec.dtype.storage).reshape(len(values), spec.columns)
+        whole = spec.columns // spec.chunk_width
+        width = whole * spec.chunk_width
+        # Copying a block's row as one item halves the time.
+        item = np.dtype((np.void, spec.chunk_width * spec.dtype.storage.itemsize))
         done = 0
         while done < len(flat):
             chunk, offset = divmod(first_row + done, spec.chunk_rows)
             count = min(len(flat) - done, spec.chunk_rows - offset)
             target = self.chunks[layer, chunk, :, offset : offset + count]
             source = flat[done : done + count]
-            whole = spec.columns // spec.chunk_width
-            width = whole * spec.chunk_width
             if whole:
-                blocks = source[:, :width].reshape(count, whole, spec.chunk_width)
-                target[:whole] = blocks.transpose(1, 0, 2)
+                target[:whole].view(item)[:, :, 0] = source[:, :width].view(item).T
             if width < spec.columns:
                 target[whole, :, : spec.columns - width] = source[:, width:]
             done += count

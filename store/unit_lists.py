@@ -98,7 +98,9 @@ class ListMerger:
         best = edge_key.argmax(axis=1)
         units = np.arange(len(keys))
         # Of equal keys argmax finds the earliest segment, and so the first row.
-        self._note_edge(edge_key[units, best], rows[units, best, -1], has_more.any(axis=1))
+        self._note_edge(
+            edge_key[units, best], rows[units, best, -1], np.logical_or.reduce(has_more, axis=1)
+        )
         self._merge(upward.reshape(len(keys), -1), rows.reshape(len(keys), -1))
 
     def add_lists(self, *parts: UnitLists) -> None:

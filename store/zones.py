@@ -51,7 +51,7 @@ EMPTY_ROW = 0xFFFF
 _GROUP = 16
 """Rows whose extremes are kept while a layer is described; divides a page."""
 
-_BLOCK_VALUES = 2**16
+_BLOCK_VALUES = 2**17
 """Values worked on at once: with their float32 copies they stay in the processor's cache."""
 
 
@@ -171,9 +171,7 @@ class _Layer:
             ),
         }
 
-    def _describe_block(
-        self, stored: npt.NDArray[Any], left_out: npt.NDArray[np.int64]
-    ) -> _Block:
+    def _describe_block(self, stored: npt.NDArray[Any], left_out: npt.NDArray[np.int64]) -> _Block:
         """Summarise ``stored (row, column)``; the rows ``left_out`` do not count."""
         low, high, limit = self._low, self._high, self._limit
         keys = signed_zero_keys(stored, self._spec.dtype)
@@ -223,12 +221,12 @@ class _Layer:
         """Greatest and least key ``(unit,)`` over the special rows."""
         row_chunk, row = np.divmod(np.flatnonzero(self._special), self._spec.chunk_rows)
         # Indices on both sides of a slice put their axis first.
-        stored = self._chunks[row_chunk, :, row].reshape(len(row), len(self._chunks[0]) * self._spec.chunk_width)
+        stored = self._chunks[row_chunk, :, row]
         keys = ordered_keys(stored, self._spec.dtype)
         missing = (keys > self._limit) | (keys < -self._limit - 1)
         greatest = np.where(missing, self._low, keys).max(0, initial=self._low)
         least = np.where(missing, self._high, keys).min(0, initial=self._high)
-        return greatest, least
+        return greatest.reshape(-1), least.reshape(-1)
 
     def _select(
         self, groups: npt.NDArray[Any], pages: npt.NDArray[Any], flip: np.int8
@@ -258,11 +256,14 @@ class _Layer:
             tied = (columns == least[:, None]) & (columns > low)
             tied &= np.cumsum(tied, axis=1, dtype=np.int32) <= count
             reached[:, crowded] = (above | tied).T
-        unit_of, group_of = np.nonzero(np.ascontiguousarray(reached.T))
+        group_of, unit_of = np.nonzero(reached)
+        by_unit = np.argsort(unit_of, kind="stable")
+        group_of, unit_of = group_of[by_unit], unit_of[by_unit]
+        keys = self._group_keys(group_of, unit_of)
         row_of = group_of[:, None] * _GROUP + np.arange(_GROUP)
-        keys = self._keys_at(unit_of[:, None], row_of) ^ flip
-        keys[self._left_out[row_of]] = low
-        keys[self._missing(keys ^ flip)] = low
+        is_out = (keys > self._limit) | (keys < -self._limit - 1) | self._left_out[row_of]
+        keys ^= flip
+        keys[is_out] = low
         pair, place = np.nonzero((keys >= floor[unit_of, None]) & (keys > low))
         unit_of, row_of, key_of = unit_of[pair], row_of[pair, place], keys[pair, place]
         # Candidates come by unit and row; a stable sort by unit and key keeps that of rows.
@@ -276,18 +277,17 @@ class _Layer:
         top_row[unit_of[keep], rank[keep]] = row_of[keep]
         return top_key, top_row
 
-    def _keys_at(
-        self, units: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    def _group_keys(
+        self, groups: npt.NDArray[np.int64], units: npt.NDArray[np.int64]
     ) -> npt.NDArray[Any]:
+        """Keys ``(pair, row)`` of the rows of some groups, each for one unit."""
         spec = self._spec
+        row_chunk, row = np.divmod(groups * _GROUP, spec.chunk_rows)
         column_chunk, column = np.divmod(units, spec.chunk_width)
-        row_chunk, row = np.divmod(rows, spec.chunk_rows)
         chunk = row_chunk * spec.column_chunks + column_chunk
-        place = (chunk * spec.chunk_rows + row) * spec.chunk_width + column
+        first = (chunk * spec.chunk_rows + row) * spec.chunk_width + column
+        place = first[:, None] + np.arange(_GROUP) * spec.chunk_width
         return ordered_keys(self._chunks.reshape(-1)[place], spec.dtype)
-
-    def _missing(self, keys: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        return (keys > self._limit) | (keys < -self._limit - 1)
 
 
 def _fold_groups(keys: npt.NDArray[Any], fold: np.ufunc) -> npt.NDArray[Any]:
@@ -305,7 +305,8 @@ def _count(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
     lanes = mask.view(np.uint8).reshape(rows // PAGE_ROWS, -1, _GROUP * units)
     # 32 ones fit a byte, and adding bytes is the fastest addition there is.
     partial = lanes.sum(1, dtype=np.uint8).reshape(len(lanes), _GROUP, units)
-    return partial.sum(1, dtype=np.uint32)
+    counts: npt.NDArray[np.uint32] = partial.sum(1, dtype=np.uint32)
+    return counts
 
 
 def _nth_greatest(values: npt.NDArray[Any], n: int, identity: Any) -> npt.NDArray[Any]:

@@ -4,7 +4,7 @@ Importing torch takes seconds and a kill test needs hundreds of processes, so on
 imports it once and forks. Each child runs one whole ``ingest`` and may be given
 *incidents*: things that happen at a chosen moment of a chosen file's publication.
 
-The moments of a file that is not published yet:
+The moments of a file that is not published yet, or that is replaced (``zarr.json``):
 
 ``before``   its temporary file is about to be written
 ``written``  the temporary file is complete and synced, and not linked
@@ -29,7 +29,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Moment = Literal["before", "written", "linked"]
 Action = Literal["kill", "fill", "limit", "pause"]
@@ -64,12 +64,14 @@ class Order:
 
     Attributes:
         store: where to.
-        settings: changes to ``tiny_settings``.
+        settings: changes to ``tiny_settings``, and to the limit that makes four segments.
         incidents: what happens on the way.
         perturb: multiply captured values by 1 + 2^-6, as a device that is not
             deterministic might.
         lockless: let every lock be granted, as a file system without locks does.
         compact_every: segments between two compactions.
+        sync: let files be synced to the disk. A killed process' writes are safe with the
+            system, so kills do not need it, and it is most of an ingest's time.
         arguments: run the command line with these instead; the corpus is not implied.
     """
 
@@ -78,7 +80,8 @@ class Order:
     incidents: tuple[Incident, ...] = ()
     perturb: bool = False
     lockless: bool = False
-    compact_every: int = 4
+    compact_every: int = 3
+    sync: bool = False
     arguments: tuple[str, ...] = ()
 
 
@@ -131,7 +134,7 @@ class IngestServer:
             cwd=Path(__file__).parent,
         )
 
-    def __enter__(self) -> "IngestServer":
+    def __enter__(self) -> Self:
         self._ask({"ready": True})
         return self
 
@@ -261,7 +264,7 @@ def _ingest(order: Order, loaded: Any) -> dict[str, Any]:
     from actstore.ingest.pipeline import Corpus, ingest
 
     choices = {k: tuple(v) if isinstance(v, list) else v for k, v in order.settings.items()}
-    settings = tiny_ingest.tiny_settings(**choices)
+    settings = tiny_ingest.tiny_settings(**{"limit_tokens": 1700, **choices})
     report = ingest(loaded, Corpus(str(tiny_ingest.CORPUS)), order.store, settings)
     return report.to_json()
 
@@ -292,6 +295,8 @@ def _install(order: Order) -> None:
             yield True
 
         pipeline.lock_segment = grant
+    if not order.sync:
+        os.fsync = lambda descriptor: None
     if order.perturb:
         cast = writer.stored_array
         writer.stored_array = lambda tensor, dtype: cast(tensor * (1 + 2**-6), dtype)
@@ -305,11 +310,11 @@ def _install(order: Order) -> None:
                     _ACTIONS[incident.action](incident)
 
     seen = [0] * len(order.incidents)
-    write, link = blobs._write_synced, os.link
+    write, link, rename = blobs._write_synced, os.link, Path.rename
 
     def watched_write(path: Path, parts: Any) -> None:
         final = path.with_name(path.name.split(blobs.TEMPORARY_MARK)[0])
-        is_new = not final.exists()
+        is_new = not final.exists() or final.name == "zarr.json"
         if is_new:
             strike("before", final)
         write(path, parts)
@@ -320,6 +325,12 @@ def _install(order: Order) -> None:
         link(source, target, **options)
         strike("linked", target)
 
+    def watched_rename(source: Path, target: Path) -> Path:
+        renamed = rename(source, target)
+        strike("linked", target)
+        return renamed
+
+    Path.rename = watched_rename  # type: ignore[method-assign]
     blobs._write_synced = watched_write
     os.link = watched_link  # type: ignore[assignment]
 

@@ -113,13 +113,12 @@ def test_a_flipped_byte_raises_in_every_kind_of_read(tmp_path: Path) -> None:
     reader = ShardReader(
         spec, Descriptors(tmp_path), lambda _: 600, lambda _, layer: checksums[layer]
     )
-    for read in (
-        lambda: reader.window(0, 0, 0, 3),
-        lambda: reader.rows(0, np.array([1])),
-        lambda: reader.cells(0, 0, np.array([2]), 0),
-    ):
-        with pytest.raises(StoreDamaged, match="byte 0"):
-            read()
+    with pytest.raises(StoreDamaged, match="byte 0"):
+        reader.window(0, 0, 0, 3)
+    with pytest.raises(StoreDamaged, match="byte 0"):
+        reader.rows(0, np.array([1]))
+    with pytest.raises(StoreDamaged, match="byte 0"):
+        reader.cells(0, 0, np.array([2]), 0)
     # Blocks that the flip does not touch are sound.
     np.testing.assert_array_equal(reader.window(0, 1, 0, 3), np.ones((3, 40)))
 

@@ -60,6 +60,14 @@ def some_values() -> dict[str, npt.NDArray[np.float64]]:
 COLUMNS = [{"label": "ab"[n % 2], "score": n / 4} for n in range(len(LENGTHS))]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _without_fsync() -> Iterator[None]:
+    """What is durable is tested elsewhere; waiting for the disk is most of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("catalog") / "store"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-import actstore
 from actstore.cli import app
+from actstore.query.session import Store
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -25,7 +25,7 @@ def test_the_tour_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
     store = names["store"]
-    assert isinstance(store, actstore.Store)
+    assert isinstance(store, Store)
     store.close()
 
 

@@ -1,5 +1,6 @@
 """Merged lists, bounds and statistics equal brute force over the values; damage is found."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def assert_index_true(index: UnitIndex, truth: Truth, dtype: StoredDtype) -> Non
                 np.testing.assert_allclose(
                     statistics.variance[unit], values_only.var(), rtol=1e-4, atol=1e-9
                 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_fsync() -> Iterator[None]:
+    """What is durable is tested elsewhere; waiting for the disk is most of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module", params=[StoredDtype.FLOAT16, StoredDtype.FLOAT32])

@@ -19,6 +19,14 @@ LABELS = ["poem", "code", "poem", None, "code", "code", "poem", "letter"]
 CONTEXT = 128
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _without_fsync() -> Iterator[None]:
+    """What is durable is tested elsewhere; waiting for the disk is most of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = np.random.default_rng(0).normal(size=(2, sum(LENGTHS), 12))

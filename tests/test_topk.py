@@ -39,7 +39,7 @@ def hard_values(rng: np.random.Generator, tokens: int) -> npt.NDArray[np.float32
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Store, "Truth"]]:
-    made = {}
+    made: dict[str, tuple[Store, Truth]] = {}
     for name, dtype, indexed in [
         ("float16", "float16", False),
         ("float32", "float32", True),
@@ -48,7 +48,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Store, "
         rng = np.random.default_rng(len(made))
         lengths = [int(n) for n in rng.integers(1, 120, 28)]
         tokens = sum(lengths)
-        values = {
+        values: dict[str, npt.ArrayLike] = {
             "mlp_post_act": hard_values(rng, tokens),
             "resid_post_mlp": rng.standard_normal((LAYERS, tokens, 8)),
         }
@@ -79,10 +79,14 @@ class Truth:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        root = zarr.open_group(store.reader.root / "arrays", mode="r")
-        self.raw = np.asarray(root["mlp_post_act/forward"][:]).astype(np.float32)
-        self.resid = np.asarray(root["resid_post_mlp/forward"][:]).astype(np.float32)
-        token_id = np.asarray(root["token_id"][:])
+        root = store.reader.root / "arrays"
+
+        def read(path: str) -> npt.NDArray[Any]:
+            return np.asarray(zarr.open_array(root / path, mode="r")[:])
+
+        self.raw = read("mlp_post_act/forward").astype(np.float32)
+        self.resid = read("resid_post_mlp/forward").astype(np.float32)
+        token_id = read("token_id")
         self.rows = np.sort(stored_rows(store.reader.root))
         self.token_id = token_id
         self.sequence = np.full(len(token_id), -1)

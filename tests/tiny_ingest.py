@@ -26,17 +26,18 @@ END = "<|end|>"
 SEGMENT_ROWS = 512
 
 _MERGES = (
-    "t h,th e,i n,a n,e r,Ġ th,Ġ a,o n,Ġth e,r e,o u,Ġ w,an d,Ġ s,e n,i t,Ġ t,Ġ o,i s,Ġ and"
-).split(",")
+    ("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("e", "r"), ("Ġ", "th"), ("Ġ", "a"),
+    ("o", "n"), ("Ġth", "e"), ("r", "e"), ("o", "u"), ("Ġ", "w"), ("an", "d"), ("Ġ", "s"),
+    ("e", "n"), ("i", "t"), ("Ġ", "t"), ("Ġ", "o"), ("i", "s"), ("Ġ", "and"),
+)  # fmt: skip
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Bytes, twenty merges and one special token, id 0; pieces may split a character."""
-    merges = [(left, right) for left, right in (merge.split() for merge in _MERGES)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [END, *alphabet, *("".join(merge) for merge in merges)]
+    pieces = [END, *alphabet, *("".join(merge) for merge in _MERGES)]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend = Tokenizer(models.BPE(vocabulary, list(_MERGES)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(END, special=True)])
