@@ -88,7 +88,9 @@ class StoreSize:
     """Everything that the size of an ingest follows from.
 
     Attributes:
-        arrays: the arrays that are kept.
+        arrays: the arrays that are written.
+        segment_rows: rows of a segment.
+        has_rows: whether the rows themselves (token ids, parts) are written too.
         plans: all plans of the store.
         remaining: segment -> filled rows, of the segments not committed.
         n_layers, neurons, vocabulary: sizes of the model.
@@ -100,6 +102,8 @@ class StoreSize:
     """
 
     arrays: tuple[ArraySpec, ...]
+    segment_rows: int
+    has_rows: bool
     plans: tuple[Plan, ...]
     remaining: Mapping[int, int]
     n_layers: int
@@ -155,16 +159,15 @@ class StoreSize:
         return sequences, len(documents)
 
     def _other_bytes(self, rows: Sequence[int]) -> int:
-        segment_rows = self.arrays[0].segment_rows
-        chunk = math.gcd(segment_rows, 4096)
-        token_ids = sum(4 * chunk * -(-n // chunk) + 16 * segment_rows // chunk + 4 for n in rows)
+        chunk = math.gcd(self.segment_rows, 4096)
+        index_bytes = 16 * self.segment_rows // chunk + 4
+        token_ids = sum(4 * chunk * -(-n // chunk) + index_bytes for n in rows)
         parts = _PART_BYTES * len(rows) + _PART_BYTES_PER_ROW * self.tokens
         commits = len(rows) * (_RECORD_BYTES + _RECORD_BYTES_PER_FILE * self._segment_files)
         index = sum(self._index_bytes(spec) for spec in self.arrays if spec.has_zones)
         metadata = _METADATA_BYTES * (2 * len(self.arrays) + 5) if self.is_new else 0
         return round(
-            token_ids
-            + parts
+            (token_ids + parts if self.has_rows else 0)
             + commits
             + index
             + self._snapshot_bytes()
@@ -176,7 +179,7 @@ class StoreSize:
     @property
     def _segment_files(self) -> int:
         """Files of one segment, without its commit record."""
-        return sum(spec.shards + 1 for spec in self.arrays) + 2
+        return sum(spec.shards + 1 for spec in self.arrays) + (2 if self.has_rows else 0)
 
     @property
     def _segments(self) -> int:

@@ -23,10 +23,11 @@ from actstore.ingest.settings import IngestSettings, Progress
 from actstore.ingest.writer import SegmentAssembly
 from actstore.store.blobs import LocalBlobs
 from actstore.store.layout import PAGE_ROWS
+from actstore.store.manifest import SetRecord, replaced_arrays
 from actstore.store.model.readout import TOKENS_KEPT
 from actstore.store.plan import Plan, SegmentPlan
 from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE
-from actstore.store.publishing import publish_segment
+from actstore.store.publishing import BASE_SET, publish_segment
 from actstore.store.reader import StoreReader
 from actstore.store.vocabulary import ActivationLocationType
 
@@ -122,26 +123,23 @@ def preview(
         if out is not None:
             _mirror(target, root)
         planned = plan_ingest(loaded, corpus, root, settings, progress)
-        size = _size(planned)
-        times = (
-            _measure(planned, Path(folder) / "sample", progress)
-            if measure and planned.remaining
-            else None
+        estimate = _size(planned).estimate(
+            seconds=None, rerun_seconds=None, free_bytes=free_space(target)
         )
-        padded = _padded_tokens(planned.outcome.plans, planned.remaining)
-        estimate = size.estimate(
-            seconds=None if times is None else times.total(padded, size.tokens),
-            rerun_seconds=None if times is None else times.forward * padded,
-            free_bytes=free_space(target),
-        )
+        if measure and planned.remaining and planned.arrays:
+            sample = _measure(planned, Path(folder) / "sample", progress)
+            estimate = sample.refine(
+                estimate, _padded_tokens(planned.outcome.plans, planned.remaining)
+            )
         return Preview(_summary(planned), estimate)
 
 
-def remaining_work(path: str | Path, *, is_new: bool) -> Estimate:
+def remaining_work(path: str | Path, set_name: str, *, is_new: bool) -> Estimate:
     """What an ingest that has planned and begun writes, without times.
 
     Args:
         path: the store's directory.
+        set_name: the set that it writes.
         is_new: count the model's and the plans' files too, which this ingest wrote.
 
     Raises:
@@ -149,15 +147,19 @@ def remaining_work(path: str | Path, *, is_new: bool) -> Estimate:
     """
     reader = StoreReader(path)
     try:
-        committed = set(reader.segments)
+        record = reader.sets[set_name]
+        replaced = replaced_arrays(reader.sets)
+        committed = reader.commits[set_name]
         remaining = {
-            number: plan.segment(number).n_rows
+            number: int(rows)
             for plan in reader.plans
-            for number in range(plan.first_segment, plan.first_segment + plan.n_segments)
+            for number, rows in enumerate(plan.filled_rows(), plan.first_segment)
             if number not in committed
         }
         size = StoreSize(
-            arrays=reader.sets["base"].arrays,
+            arrays=tuple(spec for spec in record.arrays if spec.key not in replaced),
+            segment_rows=reader.segment_rows,
+            has_rows=set_name == BASE_SET,
             plans=tuple(reader.plans),
             remaining=remaining,
             n_layers=int(reader.manifest.model["dimensions"]["n_layers"]),
@@ -210,7 +212,7 @@ def _summary(planned: PlannedIngest) -> PlanSummary:
             "batch_tokens": config.batch_tokens,
             "shuffle": config.shuffle,
         },
-        arrays={spec.key: spec.dtype.value for spec in planned.set_record.arrays},
+        arrays={spec.key: spec.dtype.value for spec in planned.arrays},
     )
 
 
@@ -220,7 +222,9 @@ def _size(planned: PlannedIngest) -> StoreSize:
     plan_bytes = sum(entry.size for entry in created.files) if created else 0
     model_bytes, model_files = _model_size(planned.loaded) if planned.is_new else (0, 0)
     return StoreSize(
-        arrays=planned.set_record.arrays,
+        arrays=planned.arrays,
+        segment_rows=planned.set_record.arrays[0].segment_rows,
+        has_rows=planned.set_record.name == BASE_SET,
         plans=planned.outcome.plans,
         remaining=planned.remaining,
         n_layers=dimensions.n_layers,
@@ -260,33 +264,45 @@ def _padded_tokens(plans: Sequence[Plan], remaining: Mapping[int, int]) -> float
 
 
 @dataclass(frozen=True)
-class _Times:
-    """Seconds of each step.
+class _Sample:
+    """What a sample took.
 
     Attributes:
-        forward: of a padded token's forward pass, nothing kept.
+        forward: seconds of a padded token's forward pass, nothing kept.
         captured: the same with its values kept.
-        published: of a row's publication.
-        overlap: whether the steps run beside each other.
+        published: seconds of a row's publication.
+        overlap: whether capturing and publishing run beside each other.
+        compression: array -> share of its bytes that compression leaves; compressed ones alone.
     """
 
     forward: float
     captured: float
     published: float
     overlap: bool
+    compression: Mapping[str, float]
 
-    def total(self, padded_tokens: float, rows: int) -> float:
-        """Seconds of so many."""
-        steps = (self.captured * padded_tokens, self.published * rows)
-        return max(steps) if self.overlap else sum(steps)
+    def refine(self, estimate: Estimate, padded_tokens: float) -> Estimate:
+        """The estimate with times, and compressed arrays at their measured size."""
+        steps = (self.captured * padded_tokens, self.published * estimate.tokens)
+        return replace(
+            estimate,
+            seconds=max(steps) if self.overlap else sum(steps),
+            rerun_seconds=self.forward * padded_tokens,
+            bytes_by_array={
+                key: round(size * self.compression.get(key, 1.0))
+                for key, size in estimate.bytes_by_array.items()
+            },
+        )
 
 
-def _measure(planned: PlannedIngest, folder: Path, progress: Progress | None) -> _Times:
+def _measure(planned: PlannedIngest, folder: Path, progress: Progress | None) -> _Sample:
     """Ingest a few batches into a folder of their own."""
     plan = _sample_plan(planned, folder)
     segment = plan.segment(0)
-    loaded, set_record = planned.loaded, planned.set_record
-    specs = tuple(replace(s, segment_rows=plan.config.segment_rows) for s in set_record.arrays)
+    loaded = planned.loaded
+    specs = tuple(
+        replace(spec, segment_rows=plan.config.segment_rows, variant="") for spec in planned.arrays
+    )
     assembly = SegmentAssembly(specs, segment)
     done = forward = captured = 0.0
     with Capture(loaded, [spec.location for spec in specs]) as capture:
@@ -305,20 +321,22 @@ def _measure(planned: PlannedIngest, folder: Path, progress: Progress | None) ->
                 progress("measure", int(done), plan.counts.padded_tokens)
             if forward + captured > _SAMPLE_SECONDS:
                 break
+    blobs = LocalBlobs(folder)
     started = time.monotonic()
-    publish_segment(
-        LocalBlobs(folder),
-        replace(set_record, arrays=specs),
-        plan.hash,
-        segment,
-        assembly.buffers,
-    )
+    record = SetRecord(BASE_SET, specs, {spec.location.label: "raw" for spec in specs})
+    committed = publish_segment(blobs, record, plan.hash, segment, assembly.buffers)
     published = time.monotonic() - started
-    return _Times(
+    sizes = {entry.path: entry.size for entry in committed.files}
+    return _Sample(
         forward / done,
         captured / done,
         published / segment.n_rows,
         overlap=loaded.device.type != "cpu",
+        compression={
+            original.key: sizes[spec.shard_path(0, 0)] / spec.shard_bytes(0, segment.n_rows)
+            for original, spec in zip(planned.arrays, specs, strict=True)
+            if spec.is_compressed
+        },
     )
 
 

@@ -6,14 +6,13 @@ versions and the device are recorded beside it and may differ between runs.
 """
 
 import hashlib
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from actstore.store.blobs import LocalBlobs
+from actstore.store.blobs import LocalBlobs, missing_file
 from actstore.store.errors import ErrorKind, NotAStore, StoreConflict, StoreDamaged
 from actstore.store.layout import ArraySpec
-from actstore.store.records import canonical_json, decode_record, encode_record
+from actstore.store.records import canonical_json, decode_record, encode_record, newer_format
 
 __all__ = [
     "FORMAT",
@@ -165,11 +164,10 @@ def read_manifest(blobs: LocalBlobs) -> StoreManifest:
             kind=ErrorKind.NOT_A_STORE,
         )
     data = blobs.read(MANIFEST)
-    # A newer format may lay its record out otherwise, so its number is looked for first.
-    newer = re.search(rb'"format":\s*(\d+)', data)
-    if newer and int(newer[1]) > FORMAT and not _is_ours_but_for(newer.span(1), data):
+    newer = newer_format(data, MANIFEST, FORMAT)
+    if newer is not None:
         raise NotAStore(
-            f"{blobs.root} has format {int(newer[1])}; this version reads up to {FORMAT}. "
+            f"{blobs.root} has format {newer}; this version reads up to {FORMAT}. "
             "Upgrade actstore.",
             kind=ErrorKind.NEWER_FORMAT,
         )
@@ -189,25 +187,24 @@ def read_manifest(blobs: LocalBlobs) -> StoreManifest:
     return manifest
 
 
-def _is_ours_but_for(digits: tuple[int, int], data: bytes) -> bool:
-    """Whether a record is sound once the format's number is put right: then that was damaged."""
-    repaired = data[: digits[0]] + str(FORMAT).encode() + data[digits[1] :]
-    try:
-        decode_record(repaired, MANIFEST)
-    except StoreDamaged:
-        return False
-    return True
-
-
 def replaced_arrays(sets: dict[str, SetRecord]) -> set[str]:
     """Keys of the arrays that another set stores anew: no longer written, nor read."""
     return {key for record in sets.values() for key in record.replaces}
 
 
 def read_sets(blobs: LocalBlobs, segment_rows: int) -> dict[str, SetRecord]:
-    """Every set of a store by name, verified."""
+    """Every set of a store by name, verified.
+
+    Raises:
+        StoreDamaged: a set's record fails its checksum, or is missing where a segment of the
+            set is committed.
+    """
     sets = {}
-    for key in blobs.listing("commits"):
+    keys = [key for key in blobs.listing("commits") if key.endswith(".json")]
+    for path in {f"{key.rpartition('/')[0]}/set.json" for key in keys}.difference(keys):
+        if not blobs.exists(path):
+            raise missing_file(path)
+    for key in keys:
         if key.endswith("/set.json"):
             fields = decode_record(blobs.read(key), key)
             sets[fields["set"]] = SetRecord(

@@ -5,7 +5,6 @@ Its hash covers all that the plan fixes, so one hash means one arrangement of ro
 """
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from actstore.store.errors import ErrorKind, InvalidInput, NotAStore, StoreConflict, StoreDamaged
 from actstore.store.manifest import FORMAT, FileEntry
-from actstore.store.records import canonical_json, decode_record, encode_record
+from actstore.store.records import canonical_json, decode_record, encode_record, newer_format
 
 __all__ = ["BosPolicy", "ChainMark", "PlanConfig", "PlanCounts", "PlanRecord"]
 
@@ -251,12 +250,10 @@ class PlanRecord:
             NotAStore: its format is newer than this version reads.
             StoreDamaged: it fails its checksum, or is not the record of its folder.
         """
-        # A newer format may lay its record out otherwise, so its number is looked for first.
-        newer = re.search(rb'"format":\s*(\d+)', data)
-        if newer and int(newer[1]) > FORMAT:
+        newer = newer_format(data, name, FORMAT)
+        if newer is not None:
             raise NotAStore(
-                f"{name} has format {int(newer[1])}; this version reads up to {FORMAT}. "
-                "Upgrade actstore.",
+                f"{name} has format {newer}; this version reads up to {FORMAT}. Upgrade actstore.",
                 kind=ErrorKind.NEWER_FORMAT,
             )
         members = decode_record(data, name)

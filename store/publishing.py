@@ -28,7 +28,7 @@ from actstore.store.parts import encode_part, part_path
 from actstore.store.plan import SegmentPlan
 from actstore.store.sections import SectionFile, encode_sections
 from actstore.store.shards import SegmentBuffer, parse_shard, shard_parts
-from actstore.store.zones import describe_segment
+from actstore.store.zones import describe_segment, zone_attributes
 
 __all__ = [
     "metadata_files",
@@ -81,9 +81,10 @@ def publish_segment(
         files += [_publish_shard(blobs, buffer, n, segment) for n in range(spec.shards)]
         path = spec.zone_path(segment)
         sections = describe_segment(buffer, segment_plan.special)
-        entry, is_new = _publish(blobs, path, encode_sections(sections))
+        attributes = zone_attributes(spec, segment, plan_hash)
+        entry, is_new = _publish(blobs, path, encode_sections(sections, attributes))
         if not is_new:
-            sections = _existing_zones(blobs, path, sections["checksums"])
+            sections = _existing_zones(blobs, path, sections["checksums"], attributes)
         files.append(entry)
         _add_statistics(digest, spec.key, sections)
     if set_record.name == BASE_SET:
@@ -207,13 +208,17 @@ class _Measured:
 
 
 def _existing_zones(
-    blobs: LocalBlobs, path: str, checksums: npt.NDArray[np.uint32]
+    blobs: LocalBlobs,
+    path: str,
+    checksums: npt.NDArray[np.uint32],
+    attributes: Mapping[str, Any],
 ) -> dict[str, npt.NDArray[Any]]:
     """The sections of a zone file that was there before, if it belongs to the shards."""
     file = SectionFile(blobs.path(path), path)
     sections = {name: file.read(name) for name in file.names}
     file.close()
-    if not np.array_equal(sections.get("checksums", np.empty(0)), checksums):
+    same = np.array_equal(sections.get("checksums", np.empty(0)), checksums)
+    if not same or file.attributes != attributes:
         raise StoreDamaged(
             f"{path} was there before this run and does not describe its shards. "
             "Run `actstore verify`, then repair the segment.",

@@ -12,13 +12,14 @@ import numpy.typing as npt
 
 from actstore.store.blobs import LocalBlobs
 from actstore.store.commits import CommitRecord, read_commits
-from actstore.store.errors import ErrorKind, Unavailable
+from actstore.store.errors import ErrorKind, StoreDamaged, Unavailable
 from actstore.store.layout import ArraySpec
 from actstore.store.manifest import SetRecord, read_manifest, read_sets, replaced_arrays
 from actstore.store.plan import Plan, SegmentPlan, load_plans
 from actstore.store.sections import SectionFile
 from actstore.store.shards import Descriptors, ShardReader
 from actstore.store.vocabulary import ActivationLocationType, PassType
+from actstore.store.zones import zone_attributes
 
 __all__ = ["StoreReader", "StoredArray"]
 
@@ -68,18 +69,28 @@ class StoredArray:
         Raises:
             Unavailable: the segment is not committed.
         """
+        return self._commit(segment).rows
+
+    def _commit(self, segment: int) -> CommitRecord:
         if segment not in self._commits:
             raise Unavailable(
                 f"Segment {segment} of {self.spec.key} is not committed: its rows are missing. "
                 "Run the same `actstore ingest` again to finish it.",
                 kind=ErrorKind.NOT_STORED,
             )
-        return self._commits[segment].rows
+        return self._commits[segment]
 
     def zones(self, segment: int) -> SectionFile:
         """The segment's zone maps, lists and statistics; every read is verified."""
         path = self.spec.zone_path(segment)
-        return self._store.section_file(path)
+        file = self._store.section_file(path)
+        if file.attributes != zone_attributes(self.spec, segment, self._commit(segment).plan):
+            raise StoreDamaged(
+                f"{path} is the zone file of something else: {file.attributes}. "
+                "Run `actstore verify`.",
+                kind=ErrorKind.MALFORMED_FILE,
+            )
+        return file
 
     def _checksums(self, segment: int, layer: int) -> npt.NDArray[np.uint32]:
         return self._store.cache.get(
@@ -107,6 +118,7 @@ class StoreReader:
         # Records before plans: a plan is published before any record that names it.
         self.commits = {name: read_commits(self.blobs, name) for name in self.sets}
         self.plans: list[Plan] = load_plans(self.root)
+        self._check_plans()
         self.files = Descriptors(self.root)
         self.cache = _Cache(4096)
         self._section_files = _Cache(256)
@@ -118,6 +130,19 @@ class StoreReader:
                     continue
                 array = StoredArray(spec, self, self.commits[name])
                 self.arrays[spec.location, spec.pass_type] = array
+
+    def _check_plans(self) -> None:
+        """Every committed segment must have the plan that fixed its rows."""
+        plans = {plan.hash: plan for plan in self.plans}
+        for record in (record for records in self.commits.values() for record in records.values()):
+            plan = plans.get(record.plan)
+            index = -1 if plan is None else record.segment - plan.first_segment
+            if plan is None or not 0 <= index < plan.n_segments:
+                raise StoreDamaged(
+                    f"{record.path} belongs to plan {record.plan[:12]}, which is missing or does "
+                    "not hold it. Run `actstore verify`.",
+                    kind=ErrorKind.MISSING_FILE,
+                )
 
     @property
     def segment_rows(self) -> int:

@@ -6,13 +6,14 @@ in the file is found by whoever reads it.
 """
 
 import json
+import re
 from typing import Any
 
 from crc32c import crc32c
 
 from actstore.store.errors import ErrorKind, StoreDamaged
 
-__all__ = ["canonical_json", "decode_record", "encode_record"]
+__all__ = ["canonical_json", "decode_record", "encode_record", "newer_format"]
 
 
 def canonical_json(value: object) -> bytes:
@@ -63,3 +64,20 @@ def decode_record(data: bytes, name: str) -> dict[str, Any]:
         )
     result: dict[str, Any] = fields
     return result
+
+
+def newer_format(data: bytes, name: str, known: int) -> int | None:
+    """The format that a record claims, if it is above ``known`` and not merely damaged.
+
+    A newer format may lay its record out otherwise, so only its number is looked for. A
+    record that is sound once the number is put right was damaged just there.
+    """
+    claimed = re.search(rb'"format":\s*(\d+)', data)
+    if claimed is None or int(claimed[1]) <= known:
+        return None
+    repaired = data[: claimed.start(1)] + str(known).encode() + data[claimed.end(1) :]
+    try:
+        decode_record(repaired, name)
+    except StoreDamaged:
+        return int(claimed[1])
+    return None

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _OPEN_FILES = 256
+_READ_BYTES = 2**26
 
 
 class SegmentBuffer:
@@ -204,17 +205,6 @@ class Descriptors:
             self._open.clear()
 
 
-@dataclass(frozen=True)
-class _Range:
-    """Consecutive checksum blocks of one chunk."""
-
-    layer: int
-    row_chunk: int
-    column_chunk: int
-    first_block: int
-    last_block: int
-
-
 class ShardReader:
     """Verified reads of one array of a store.
 
@@ -238,6 +228,7 @@ class ShardReader:
         self._checksums_of = checksums_of
         self._row_bytes = spec.chunk_width * spec.dtype.storage.itemsize
         self._block_bytes = spec.checksum_rows * self._row_bytes
+        self._chunk_row = np.dtype((np.void, self._row_bytes))
 
     def window(
         self, segment: int, layer: int, start: int, stop: int, chunks: Sequence[int] | None = None
@@ -256,26 +247,21 @@ class ShardReader:
         """
         spec = self.spec
         stop = min(stop, self._rows_of(segment))
-        wanted = range(spec.column_chunks) if chunks is None else chunks
-        ranges: list[_Range] = []
-        places: list[tuple[int, int, int, int]] = []
-        row = start
-        while row < stop:
-            row_chunk, offset = divmod(row, spec.chunk_rows)
-            count = min(stop - row, spec.chunk_rows - offset)
-            first = offset // spec.checksum_rows
-            last = (offset + count - 1) // spec.checksum_rows + 1
-            for position, column_chunk in enumerate(wanted):
-                ranges.append(_Range(layer, row_chunk, column_chunk, first, last))
-                places.append((row - start, count, offset - first * spec.checksum_rows, position))
-            row += count
+        wanted = np.arange(spec.column_chunks) if chunks is None else np.array(chunks, np.int64)
         width = spec.chunk_width
         result = np.empty((max(stop - start, 0), len(wanted) * width), spec.dtype.storage)
-        for (target, count, skip, position), block in zip(
-            places, self._read(segment, ranges), strict=True
-        ):
-            columns = slice(position * width, (position + 1) * width)
-            result[target : target + count, columns] = block[skip : skip + count]
+        row = start
+        while row < stop and len(wanted):
+            row_chunk, offset = divmod(row, spec.chunk_rows)
+            count = min(stop - row, spec.chunk_rows - offset)
+            first, skip = divmod(offset, spec.checksum_rows)
+            blocks = -(-(skip + count) // spec.checksum_rows)
+            places = _Places(row_chunk, wanted, np.full(len(wanted), first), blocks)
+            read = self._read(segment, layer, places)[:, skip : skip + count]
+            # Copying a chunk's row as one item is the fastest way to put chunks side by side.
+            target = result[row - start : row - start + count].view(self._chunk_row)
+            target[...] = read.view(self._chunk_row)[:, :, 0].T
+            row += count
         return result if chunks is not None else result[:, : spec.columns]
 
     def rows(self, layer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -290,30 +276,30 @@ class ShardReader:
         ordered = rows[order]
         segments = ordered // spec.segment_rows
         edges = np.flatnonzero(np.diff(segments)) + 1
+        step = max(1, _READ_BYTES // (spec.column_chunks * self._block_bytes))
         for part in np.split(np.arange(len(ordered)), edges):
             if not len(part):
                 continue
             segment = int(segments[part[0]])
             offsets = ordered[part] - segment * spec.segment_rows
             self._check_filled(segment, int(offsets[-1]))
-            blocks = offsets // spec.checksum_rows
-            starts = np.concatenate([[0], np.flatnonzero(np.diff(blocks)) + 1, [len(blocks)]])
-            per_chunk = spec.chunk_rows // spec.checksum_rows
-            ranges = []
-            for block in blocks[starts[:-1]]:
-                row_chunk, within = divmod(int(block), per_chunk)
-                ranges += [
-                    _Range(layer, row_chunk, column_chunk, within, within + 1)
-                    for column_chunk in range(spec.column_chunks)
-                ]
-            read = self._read(segment, ranges)
-            for begin, end in pairwise(starts):
-                inside = offsets[begin:end] % spec.checksum_rows
-                target = order[part[begin:end]]
-                for column_chunk in range(spec.column_chunks):
-                    left = column_chunk * spec.chunk_width
-                    right = min(left + spec.chunk_width, spec.columns)
-                    result[target, left:right] = next(read)[inside, : right - left]
+            blocks, inside = np.divmod(offsets, spec.checksum_rows)
+            distinct, which = np.unique(blocks, return_inverse=True)
+            for start in range(0, len(distinct), step):
+                group = distinct[start : start + step]
+                row_chunk, first = np.divmod(group, spec.chunk_rows // spec.checksum_rows)
+                places = _Places(
+                    np.repeat(row_chunk, spec.column_chunks),
+                    np.tile(np.arange(spec.column_chunks), len(group)),
+                    np.repeat(first, spec.column_chunks),
+                    1,
+                )
+                read = self._read(segment, layer, places)
+                read = read.reshape(len(group), spec.column_chunks, *read.shape[1:])
+                low, high = np.searchsorted(which, [start, start + len(group)])
+                found = read[which[low:high] - start, :, inside[low:high]]
+                found = found.reshape(len(found), -1)[:, : spec.columns]
+                result[order[part[low:high]]] = found
         return result
 
     def cells(
@@ -322,18 +308,12 @@ class ShardReader:
         """Values of one column at ascending rows of a segment; reads only their blocks."""
         spec = self.spec
         column_chunk, inside = divmod(column, spec.chunk_width)
-        per_chunk = spec.chunk_rows // spec.checksum_rows
         blocks, inverse = np.unique(offsets // spec.checksum_rows, return_inverse=True)
-        ranges = [
-            _Range(
-                layer, int(b) // per_chunk, column_chunk, int(b) % per_chunk, int(b) % per_chunk + 1
-            )
-            for b in blocks
-        ]
-        found = [block[:, inside] for block in self._read(segment, ranges)]
-        if not found:
-            return np.empty(0, spec.dtype.storage)
-        return np.stack(found)[inverse, offsets % spec.checksum_rows]
+        row_chunk, first = np.divmod(blocks, spec.chunk_rows // spec.checksum_rows)
+        places = _Places(row_chunk, np.full(len(blocks), column_chunk), first, 1)
+        found = self._read(segment, layer, places)[:, :, inside]
+        cells: npt.NDArray[Any] = found[inverse, offsets % spec.checksum_rows]
+        return cells
 
     def _check_filled(self, segment: int, offset: int) -> None:
         if offset >= self._rows_of(segment):
@@ -342,60 +322,109 @@ class ShardReader:
                 kind=ErrorKind.MALFORMED_FILE,
             )
 
-    def _read(self, segment: int, ranges: Sequence[_Range]) -> Iterator[npt.NDArray[Any]]:
-        """Verified blocks ``(row, column)``, one per range and in its order."""
-        if not ranges:
-            return
-        checksums = self._checksums_of(segment, ranges[0].layer)
-        fetch = self._fetch_decoded if self.spec.is_compressed else self._fetch
-        block_bytes = self._block_bytes
-        for item, (shard, start, data) in zip(ranges, fetch(segment, ranges), strict=True):
-            expected = checksums[item.row_chunk, item.column_chunk]
-            view = memoryview(data)
-            if len(data) != (item.last_block - item.first_block) * block_bytes:
+    def _read(self, segment: int, layer: int, places: "_Places") -> npt.NDArray[Any]:
+        """Verified values ``(place, row, column)``."""
+        spec = self.spec
+        checksums = self._checksums_of(segment, layer)
+        shard = spec.shard_path(layer // spec.layers_per_shard, segment)
+        data = np.empty((len(places.first), places.count * self._block_bytes), np.uint8)
+        fetch = self._fetch_decoded if spec.is_compressed else self._fetch
+        starts = fetch(segment, layer, places, shard, data)
+        view, size = data.reshape(-1).data, self._block_bytes
+        found = np.fromiter(
+            (crc32c(view[at : at + size]) for at in range(0, len(view), size)),
+            np.uint32,
+            len(view) // size,
+        )
+        blocks = places.first[:, None] + np.arange(places.count)
+        row_chunk = np.broadcast_to(places.row_chunk, len(blocks))[:, None]
+        expected = checksums[row_chunk, places.column_chunk[:, None], blocks].reshape(-1)
+        wrong = np.flatnonzero(found != expected)
+        if len(wrong):
+            place, block = divmod(int(wrong[0]), places.count)
+            raise _damaged(shard, int(starts[place]) + block * size, "fails its checksum")
+        values: npt.NDArray[Any] = data.view(spec.dtype.storage)
+        return values.reshape(len(data), places.count * spec.checksum_rows, spec.chunk_width)
+
+    def _fetch(
+        self,
+        segment: int,
+        layer: int,
+        places: "_Places",
+        shard: str,
+        data: npt.NDArray[np.uint8],
+    ) -> npt.NDArray[np.int64]:
+        """Fill ``data (place, byte)`` from the file; returns where each place begins in it."""
+        spec = self.spec
+        present = spec.present_row_chunks(self._rows_of(segment))
+        row_chunk = (layer % spec.layers_per_shard) * present + places.row_chunk
+        chunk = row_chunk * spec.column_chunks + places.column_chunk
+        starts = chunk * spec.chunk_bytes + places.first * self._block_bytes
+        length = data.shape[1]
+        descriptor = self._files.get(shard)
+        # Where each span is in the file, and where its bytes go.
+        spans = [
+            (int(starts[low]), low * length, high * length)
+            for low, high in _adjoining(starts, length)
+        ]
+        if len(spans) > 1:
+            # The disk gets to see all of them at once; the reads below then find them in memory.
+            for start, low, high in spans:
+                os.posix_fadvise(descriptor, start, high - low, os.POSIX_FADV_WILLNEED)
+        flat = data.reshape(-1).data
+        for start, low, high in spans:
+            if os.preadv(descriptor, (flat[low:high],), start) != high - low:
                 raise _damaged(shard, start, "is cut short")
-            for block in range(item.first_block, item.last_block):
-                position = (block - item.first_block) * block_bytes
-                if crc32c(view[position : position + block_bytes]) != expected[block]:
-                    raise _damaged(shard, start + position, "fails its checksum")
-            yield np.frombuffer(data, self.spec.dtype.storage).reshape(-1, self.spec.chunk_width)
+        return starts
 
     def _fetch_decoded(
-        self, segment: int, ranges: Sequence[_Range]
-    ) -> Iterator[tuple[str, int, bytes]]:
-        """The file, place and bytes of ranges of compressed chunks; each chunk is read whole."""
+        self,
+        segment: int,
+        layer: int,
+        places: "_Places",
+        shard: str,
+        data: npt.NDArray[np.uint8],
+    ) -> npt.NDArray[np.int64]:
+        """As :meth:`_fetch`, of compressed chunks: each is read whole."""
         spec = self.spec
-        shard = spec.shard_path(ranges[0].layer // spec.layers_per_shard, segment)
         descriptor = self._files.get(shard)
         size = os.fstat(descriptor).st_size
         tail = os.pread(descriptor, spec.index_bytes, max(size - spec.index_bytes, 0))
         index = parse_index(tail, spec.index_shape, shard)
-        for item in ranges:
-            place = (item.layer % spec.layers_per_shard, item.row_chunk, item.column_chunk)
-            offset, length = (int(number) for number in index[place])
-            data = decode_chunk(os.pread(descriptor, length, offset), spec.chunk_bytes, shard)
-            start, stop = item.first_block * self._block_bytes, item.last_block * self._block_bytes
-            yield shard, offset, data[start:stop]
+        inner = index[layer % spec.layers_per_shard, places.row_chunk, places.column_chunk]
+        for place, (offset, length) in enumerate(inner.tolist()):
+            chunk = decode_chunk(os.pread(descriptor, length, offset), spec.chunk_bytes, shard)
+            start = int(places.first[place]) * self._block_bytes
+            data[place] = np.frombuffer(chunk, np.uint8, data.shape[1], start)
+        starts: npt.NDArray[np.int64] = inner[:, 0].astype(np.int64)
+        return starts
 
-    def _fetch(self, segment: int, ranges: Sequence[_Range]) -> Iterator[tuple[str, int, bytes]]:
-        """The file, place and bytes of each range, all announced to the kernel first."""
-        spec = self.spec
-        present = spec.present_row_chunks(self._rows_of(segment))
-        per_shard = spec.layers_per_shard
-        block_bytes = self._block_bytes
-        spans = []
-        for item in ranges:
-            within = item.layer % per_shard
-            chunk = (within * present + item.row_chunk) * spec.column_chunks + item.column_chunk
-            start = chunk * spec.chunk_bytes + item.first_block * block_bytes
-            spans.append((start, (item.last_block - item.first_block) * block_bytes))
-        shard = spec.shard_path(ranges[0].layer // per_shard, segment)
-        descriptor = self._files.get(shard)
-        if len(spans) > 1:
-            for start, length in spans:
-                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
-        for start, length in spans:
-            yield shard, start, os.pread(descriptor, length, start)
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Runs of equally many checksum blocks, each inside one chunk.
+
+    Attributes:
+        row_chunk: int64 ``(place,)``, or one for all.
+        column_chunk: int64 ``(place,)``.
+        first: the first block's number in its chunk, int64 ``(place,)``.
+        count: blocks of each place.
+    """
+
+    row_chunk: npt.NDArray[np.int64] | int
+    column_chunk: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    count: int
+
+
+def _adjoining(starts: npt.NDArray[np.int64], length: int) -> list[tuple[int, int]]:
+    """Ranges of places that follow each other in the file, up to 64 MiB in one."""
+    most = max(1, _READ_BYTES // length)
+    cuts = np.flatnonzero(np.diff(starts) != length) + 1
+    spans = list(pairwise([0, *cuts.tolist(), len(starts)])) if len(starts) else []
+    if len(starts) <= most:
+        return spans
+    return [(low, min(low + most, end)) for begin, end in spans for low in range(begin, end, most)]
 
 
 def _damaged(key: str, offset: int, what: str) -> StoreDamaged:

@@ -11,6 +11,7 @@ from crc32c import crc32c
 
 from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs
 from actstore.store.commits import CommitRecord, commit_path
+from actstore.store.coverage import Coverage
 from actstore.store.errors import ActstoreError, ErrorKind, StoreDamaged
 from actstore.store.index_file import read_index_coverage
 from actstore.store.manifest import MANIFEST, FileEntry, SetRecord, read_manifest, read_sets
@@ -20,6 +21,7 @@ from actstore.store.publishing import metadata_files, segment_files, token_rows
 from actstore.store.records import decode_record
 from actstore.store.sections import SectionFile
 from actstore.store.selfcheck import FOLDER as SELFCHECK_FOLDER
+from actstore.store.selfcheck import SelfCheck
 
 __all__ = ["Finding", "VerifyReport", "verify_store"]
 
@@ -149,6 +151,8 @@ class _Contents:
             # Without it nobody can say which model files belong here.
             self.unfinished |= self._below("model/")
         for path in sorted(self._below("commits/")):
+            if not path.endswith(".json"):
+                continue
             yield path, partial(self._commit, path)
             if not path.endswith("/set.json"):
                 with suppress(StoreDamaged):
@@ -170,7 +174,7 @@ class _Contents:
             if path not in self._present and not is_named:
                 self.unfinished |= self._below(f"{folder}/")
                 continue
-            yield path, partial(self._record, path)
+            yield path, partial(self._plan, path)
             try:
                 plan = Plan.open(self._blobs.root, folder)
             except ActstoreError:
@@ -208,12 +212,12 @@ class _Contents:
     def _derived(self) -> Iterator[tuple[str, _Check]]:
         for path in sorted(filter(_is_derived, self._present)):
             if path.startswith("zones/"):
-                yield path, partial(_sections, self._blobs, path)
+                yield path, partial(self._index, path)
                 with suppress(StoreDamaged):
                     coverage = read_index_coverage(self._blobs.root, path)
                     yield from self._covered(coverage.to_json())
             elif path.endswith(".json"):
-                yield path, partial(self._record, path)
+                yield path, partial(self._derived_record, path)
                 database = path.removesuffix(".json") + ".duckdb"
                 try:
                     fields = decode_record(self._blobs.read(path), path)
@@ -245,11 +249,38 @@ class _Contents:
 
     def _commit(self, path: str) -> int:
         data = self._blobs.read(path)
-        if path.endswith("/set.json"):
-            decode_record(data, path)
-        else:
+        if not path.endswith("/set.json"):
             CommitRecord.decode(data, path)
+        elif path != f"commits/{decode_record(data, path).get('set')}/set.json":
+            raise _damaged(path, "is the record of another set")
         return len(data)
+
+    def _plan(self, path: str) -> int:
+        data = self._blobs.read(path)
+        PlanRecord.decode(data, path)
+        return len(data)
+
+    def _derived_record(self, path: str) -> int:
+        data = self._blobs.read(path)
+        fields = decode_record(data, path)
+        if path.startswith(f"{SELFCHECK_FOLDER}/"):
+            own = SelfCheck(tuple(fields["sequences"]), fields["errors"]).path
+        else:
+            own = f"catalog/{Coverage.from_json(fields['coverage']).hash}.json"
+        if path != own:
+            raise _damaged(path, f"is the record that belongs under {own}")
+        return len(data)
+
+    def _index(self, path: str) -> int:
+        file = SectionFile(self._blobs.path(path), path)
+        try:
+            attributes = file.attributes
+            coverage = Coverage.from_json(attributes.get("coverage", []))
+            if path != f"zones/{attributes.get('array')}/index-{coverage.hash}.sections":
+                raise _damaged(path, "is the index of another array or of other segments")
+            return file.verify()
+        finally:
+            file.close()
 
     def _metadata(self, path: str, record: SetRecord, least: int) -> int:
         data = self._blobs.read(path)
@@ -284,14 +315,6 @@ def _whole(blobs: LocalBlobs, entry: FileEntry) -> int:
     if checksum != entry.crc32c:
         raise _damaged(entry.path, f"has crc32c {checksum:08x}, its record {entry.crc32c:08x}")
     return size
-
-
-def _sections(blobs: LocalBlobs, path: str) -> int:
-    file = SectionFile(blobs.path(path), path)
-    try:
-        return file.verify()
-    finally:
-        file.close()
 
 
 def _damaged(path: str, what: str) -> StoreDamaged:

@@ -40,7 +40,7 @@ from actstore.store.layout import PAGE_ROWS, ArraySpec
 from actstore.store.shards import SegmentBuffer, block_checksums
 from actstore.store.statistics import join_moments, page_moments
 
-__all__ = ["EMPTY_ROW", "LIST_LENGTH", "describe_segment"]
+__all__ = ["EMPTY_ROW", "LIST_LENGTH", "describe_segment", "zone_attributes"]
 
 LIST_LENGTH = 8
 """Entries per tail and unit in a segment's list."""
@@ -53,6 +53,11 @@ _GROUP = 16
 
 _BLOCK_VALUES = 2**17
 """Values worked on at once: with their float32 copies they stay in the processor's cache."""
+
+
+def zone_attributes(spec: ArraySpec, segment: int, plan_hash: str) -> dict[str, Any]:
+    """What a zone file says of itself, so that one in another's place is not believed."""
+    return {"array": spec.key, "segment": segment, "plan": plan_hash}
 
 
 def describe_segment(

@@ -53,8 +53,19 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[IngestServer]:
-    with IngestServer(tmp_path_factory.mktemp("server")) as running:
+    with IngestServer(tmp_path_factory.mktemp("server"), own_mounts()) as running:
         yield running
+
+
+def own_mounts() -> tuple[str, ...]:
+    """The command that gives a program mounts of its own; empty where nothing may."""
+    for prefix in (("unshare", "-m"), ("unshare", "-r", "-m")):
+        if (
+            shutil.which("unshare")
+            and not subprocess.run([*prefix, "true"], check=False).returncode
+        ):
+            return prefix
+    return ()
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +450,7 @@ STOPS = [
 
 @dataclass(frozen=True)
 class SmallDisk:
-    """A file system of a few megabytes, mounted where its server alone sees it.
+    """A file system of a few megabytes, mounted where the server alone sees it.
 
     Attributes:
         server: runs ingests that see it at ``place``.
@@ -453,27 +464,16 @@ class SmallDisk:
 
 
 @pytest.fixture(scope="module")
-def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
+def small_disk(server: IngestServer, tmp_path_factory: pytest.TempPathFactory) -> SmallDisk:
     """A tmpfs, mounted as root where that is allowed, else in a user namespace."""
-    folder = tmp_path_factory.mktemp("small-disk")
-    place = folder / "disk"
-    place.mkdir()
-    reasons = []
-    for number, prefix in enumerate((("unshare", "-m"), ("unshare", "-r", "-m"))):
-        allowed = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
-        if allowed.returncode:
-            reasons.append(f"{' '.join(prefix)}: {allowed.stderr.strip()}")
-            continue
-        with IngestServer(folder / f"server-{number}", prefix) as running:
-            refusal = running.mount(place, str(DISK_BYTES))
-            if refusal is None:
-                yield SmallDisk(running, place, Path(f"/proc/{running.pid}/root{place}"))
-                return
-            reasons.append(f"{' '.join(prefix)}: {refusal}")
-    pytest.fail(
-        "A full disk cannot be tested here, since neither root nor a user namespace may mount a "
-        f"tmpfs; run the tests where one of them may. {reasons}"
-    )
+    place = tmp_path_factory.mktemp("small-disk")
+    refusal = server.mount(place, str(DISK_BYTES))
+    if refusal is not None:
+        pytest.fail(
+            "A full disk cannot be tested here, since neither root nor a user namespace may "
+            f"mount a tmpfs; run the tests where one of them may. {refusal}"
+        )
+    return SmallDisk(server, place, Path(f"/proc/{server.pid}/root{place}"))
 
 
 @pytest.fixture

@@ -47,7 +47,14 @@ class TellingNeuron:
     title: str
 
 
-TELLING_NEURONS: Final[tuple[TellingNeuron, ...]] = ()
+TELLING_NEURONS: Final[tuple[TellingNeuron, ...]] = (
+    TellingNeuron(2, 375, "`import` that opens a statement"),
+    TellingNeuron(1, 495, "the comma within `isinstance(...)`"),
+    TellingNeuron(3, 142, "the bracket that closes `len(...)` in a comparison"),
+    TellingNeuron(2, 398, "inside a name between double underscores: `__iter__`"),
+    TellingNeuron(1, 221, "what opens the message of a raised exception"),
+    TellingNeuron(2, 52, "how a docstring starts"),
+)
 """Neurons of the shipped model that the demonstration shows, the plainest first."""
 
 

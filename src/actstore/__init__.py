@@ -11,8 +11,11 @@ or a tensor is asked for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
+from inspect import signature
 from os import PathLike
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from actstore.store.errors import (
@@ -38,9 +41,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ActstoreError",
     "ErrorKind",
+    "Estimate",
     "IngestStopped",
     "InvalidInput",
     "NotAStore",
+    "Store",
     "StoreConflict",
     "StoreDamaged",
     "Unavailable",
@@ -79,6 +84,7 @@ def ingest(
     batch_tokens: int | None = None,
     shuffle: int | None = None,
     append: bool = False,
+    set_name: str = "base",
     progress: Progress | None = None,
 ) -> "Store":
     """Run a model over a corpus and keep its activations.
@@ -111,6 +117,8 @@ def ingest(
         batch_tokens: padded tokens of one forward pass.
         shuffle: seed of a permutation of the sequences.
         append: add this corpus to a store that holds another.
+        set_name: a name of its own adds locations to a store that has its base set; with
+            None for the corpus, over everything that the store holds.
         progress: called with phase, tokens done and tokens in all (0 if unknown).
 
     Returns:
@@ -136,6 +144,7 @@ def ingest(
         shuffle=shuffle,
         max_bytes=max_bytes,
         append=append,
+        set_name=set_name,
     )
     from actstore.ingest import pipeline
     from actstore.ingest.model import load_model
@@ -275,6 +284,24 @@ def _path(path: StorePath) -> "Path":
     from pathlib import Path
 
     return Path(path).expanduser()
+
+
+class _CallableRoom(ModuleType):
+    """The package `actstore.ingest`, which is the function of that name as well.
+
+    Python puts a package into its parent under its own name, in place of what stood there.
+    So the package answers calls, and `actstore.ingest.pipeline` is found as ever.
+    """
+
+    def __call__(self, *arguments: Any, **choices: Any) -> "Store":
+        return _ingest(*arguments, **choices)
+
+
+_ingest = ingest
+_room = import_module("actstore.ingest")
+_room.__class__ = _CallableRoom
+_room.__dict__["__signature__"] = signature(_ingest)
+globals()["ingest"] = _room
 
 
 def __getattr__(name: str) -> Any:

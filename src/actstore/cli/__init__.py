@@ -12,7 +12,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from actstore.cli import demonstration, ingesting, listing, querying, upkeep
+from actstore.cli import (
+    demonstration,
+    deriving,
+    ingesting,
+    listing,
+    querying,
+    statements,
+    upkeep,
+)
 
 __all__ = ["app", "main"]
 
@@ -99,13 +107,13 @@ _register(
     "runs/gpt2 mlp_post_act 3:712 --kind quantile -k 10 --window 10,5",
 )
 _register(
-    querying.derive,
+    deriving.derive,
     "Compute a scalar on whole sequences.",
     "runs/gpt2 mlp_write_norm --sequence 17 --layer 3",
     "runs/gpt2 resid_post_mlp --sequence 0 --sequence 1 --out values.npz",
 )
 _register(
-    querying.sql,
+    statements.sql,
     "Ask the tables of a store.",
     "runs/gpt2 'SELECT layer, neuron, kurtosis FROM neurons ORDER BY 3 DESC LIMIT 10'",
     "runs/gpt2 'FROM tokens' --format parquet --out tokens.parquet",

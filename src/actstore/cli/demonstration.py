@@ -11,12 +11,13 @@ import typer
 from rich.rule import Rule
 from rich.text import Text
 
-from actstore.cli.display import byte_text, data_table, duration_text, fields_table
-from actstore.cli.ingesting import ARGUMENTS, print_report, run_ingest
+from actstore.cli.display import byte_text, duration_text, fields_table, print_table
+from actstore.cli.ingesting import ARGUMENTS, run_ingest
 from actstore.cli.listing import print_info
 from actstore.cli.output import console, reports_errors
 from actstore.cli.progress import PhaseProgress
 from actstore.cli.querying import print_examples, print_topk
+from actstore.cli.summaries import print_report
 from actstore.cli.words import token_count
 from actstore.store.errors import ErrorKind, InvalidInput, NotAStore, StoreConflict
 
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 _SELECTIVE = """
-SELECT layer, neuron, round(kurtosis, 1) AS kurtosis, round(firing_rate, 4) AS firing_rate,
-    round(max, 3) AS max, promoted[1:4] AS promotes
+SELECT layer, neuron, kurtosis, firing_rate, max, promoted[1:4] AS promotes
 FROM neurons WHERE NOT dead ORDER BY kurtosis DESC, layer, neuron LIMIT 8
 """
 _SHOWN_NEURONS = 3
@@ -161,7 +161,7 @@ def _ask(shown: "Console", out: Path) -> None:
         with _announced(shown):
             answer = store.sql(_SELECTIVE).to_arrow_table()
             rows = [list(row.values()) for row in answer.to_pylist()]
-            shown.print(data_table(answer.column_names, rows))
+            print_table(shown, answer.column_names, rows)
 
 
 def _neurons(store: "Store") -> list[tuple[int, int, str]]:
@@ -171,7 +171,7 @@ def _neurons(store: "Store") -> list[tuple[int, int, str]]:
     if TELLING_NEURONS:
         return [(one.layer, one.neuron, one.title) for one in TELLING_NEURONS]
     rows: list[tuple[Any, ...]] = store.sql(_SELECTIVE).fetchall()
-    return [(row[0], row[1], f"kurtosis {row[2]}") for row in rows[:_SHOWN_NEURONS]]
+    return [(row[0], row[1], f"kurtosis {row[2]:.1f}") for row in rows[:_SHOWN_NEURONS]]
 
 
 def _print_next(shown: "Console", out: Path) -> None:

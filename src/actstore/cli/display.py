@@ -9,17 +9,17 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 __all__ = [
     "byte_text",
     "count_text",
-    "data_table",
     "duration_text",
     "fields_table",
+    "print_table",
     "token_strip",
     "visible",
 ]
@@ -55,7 +55,10 @@ _FAINT = 0.08
 """Share of the strongest value under which a token is not shaded."""
 
 _LONGEST_CELL = 200
-_SHORT = 24
+_LEAST = 8
+"""Columns that a text is left with in a narrow table."""
+
+_GAP = "   "
 
 
 def visible(text: str) -> str:
@@ -131,33 +134,56 @@ def fields_table(fields: Mapping[str, Any]) -> Table:
     return table
 
 
-def data_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """Rows under their columns' names; numbers to the right, the widest text gives way.
+def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print rows under their columns' names; numbers to the right, long texts give way.
+
+    A number is never cut short, since it would read as another one: where even the numbers
+    are too wide, the terminal breaks the lines.
 
     Args:
+        console: where to; its width is respected.
         columns: names.
         rows: values as Python has them.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     members = list(rows)
+    heads = [visible(name) for name in columns]
     texts: list[list[str]] = []
+    numeric: list[bool] = []
     for number, name in enumerate(columns):
         values = [row[number] for row in members]
-        numeric = _is_numeric(values)
-        column = _number_texts(name, values) if numeric else [_cell_text(value) for value in values]
-        texts.append(column)
-        widest = max(cell_len(text) for text in [visible(name), *column])
-        table.add_column(
-            Text(visible(name)),
-            justify="right" if numeric else "left",
-            no_wrap=True,
-            # Long texts give way; a number that is cut short would read as another one.
-            min_width=widest if numeric or widest <= _SHORT else _SHORT,
-            overflow="ellipsis",
-        )
+        numeric.append(_is_numeric(values))
+        texts.append(_number_texts(name, values) if numeric[-1] else [*map(_cell_text, values)])
+    widths = [
+        max(map(cell_len, [head, *column])) for head, column in zip(heads, texts, strict=True)
+    ]
+    _fit_columns(widths, numeric, console.width - len(_GAP) * (len(widths) - 1))
+
+    def line(cells: Sequence[str], style: str = "") -> Text:
+        made = Text(style=style)
+        for cell, width, is_number in zip(cells, widths, numeric, strict=True):
+            part = Text(cell)
+            part.truncate(width, overflow="ellipsis")
+            made.append(_GAP if made else "")
+            part.align("right" if is_number else "left", width)
+            made.append(part)
+        made.rstrip()
+        return made
+
+    console.print(line(heads, "bold"), soft_wrap=True)
+    console.print(Text("─" * (sum(widths) + len(_GAP) * (len(widths) - 1)), "dim"), soft_wrap=True)
     for row in zip(*texts, strict=True):
-        table.add_row(*(Text(text) for text in row))
-    return table
+        console.print(line(row), soft_wrap=True)
+
+
+def _fit_columns(widths: list[int], numeric: Sequence[bool], room: int) -> None:
+    """Narrow the widest texts, in place, until the columns fit or nothing may give way."""
+    while sum(widths) > room:
+        yielding = [
+            number for number, width in enumerate(widths) if not numeric[number] and width > _LEAST
+        ]
+        if not yielding:
+            return
+        widths[max(yielding, key=lambda number: widths[number])] -= 1
 
 
 def _is_numeric(values: Sequence[Any]) -> bool:
@@ -179,9 +205,9 @@ def _number_texts(name: str, values: Sequence[Any]) -> list[str]:
     return ["" if value is None else _number_text(value, form) for value in values]
 
 
-def _number_text(value: float, form: str) -> str:
+def _number_text(value: Any, form: str) -> str:
     if isinstance(value, float) and not math.isfinite(value):
-        return {"inf": "inf", "-inf": "-inf"}.get(str(value), "NaN")
+        return "NaN" if math.isnan(value) else str(value)
     return format(value, form)
 
 

@@ -2,19 +2,52 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from actstore.cli.display import byte_text, count_text, data_table, duration_text, fields_table
+from actstore.cli.options import (
+    Append,
+    AsReport,
+    BatchTokens,
+    Bos,
+    Columns,
+    Context,
+    Device,
+    Dtype,
+    Keep,
+    LimitTokens,
+    Locations,
+    MaxBytes,
+    MaybeOut,
+    MaybeSources,
+    ModelName,
+    Out,
+    Quiet,
+    Revision,
+    SegmentRows,
+    SetName,
+    Shuffle,
+    Sources,
+    Stride,
+    TextColumn,
+    Worker,
+)
 from actstore.cli.output import console, error_console, print_json, reports_errors
 from actstore.cli.progress import PhaseProgress
+from actstore.cli.summaries import (
+    estimate_table,
+    plan_table,
+    print_next,
+    print_report,
+    refusal,
+)
 from actstore.cli.words import byte_size, keep_rules, token_count, worker_share
+from actstore.store.errors import ErrorKind, InvalidInput
 
 if TYPE_CHECKING:
     from actstore.ingest.estimate import Estimate
     from actstore.ingest.pipeline import Corpus
-    from actstore.ingest.preview import PlanSummary
     from actstore.ingest.report import IngestReport
     from actstore.ingest.settings import IngestSettings
 
@@ -23,118 +56,30 @@ __all__ = ["estimate", "ingest", "plan"]
 ARGUMENTS = "actstore.arguments"
 """Where the root command keeps what was typed, in the context's ``meta``."""
 
-_Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, or `demo` (the shipped model).")
-]
-_Sources = Annotated[
-    list[str],
-    typer.Argument(metavar="CORPUS", help="Files, folders or globs: text, JSONL or Parquet."),
-]
-_Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The store's directory.")]
-_MaybeOut = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", "-o", metavar="DIR", help="The store's directory; what it has is left out."
-    ),
-]
-_Locations = Annotated[
-    str,
-    typer.Option(
-        "--locations",
-        metavar="NAMES",
-        help="A preset (minimal, neurons, attention, full) and locations, separated by commas.",
-    ),
-]
-_Keep = Annotated[
-    list[str] | None,
-    typer.Option("--keep", metavar="LOC=raw|none", help="Add or leave out one location."),
-]
-_Context = Annotated[
-    int | None,
-    typer.Option("--context", metavar="N", help="Tokens of a sequence; the model's own limit."),
-]
-_Stride = Annotated[
-    int | None,
-    typer.Option(
-        "--stride", metavar="N", help="Tokens between the starts of sequences; no overlap."
-    ),
-]
-_Bos = Annotated[
-    str,
-    typer.Option("--bos", metavar="POLICY", help="auto, document, sequence or none."),
-]
-_Dtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype", metavar="RULE", help="auto or a dtype for all, with loc=dtype exceptions."
-    ),
-]
-_LimitTokens = Annotated[
-    str | None,
-    typer.Option("--limit-tokens", metavar="N", help="Stop at so many tokens: 100k, 2M."),
-]
-_MaxBytes = Annotated[
-    str | None,
-    typer.Option("--max-bytes", metavar="SIZE", help="Refuse to write more: 500MB, 10GB."),
-]
-_Append = Annotated[
-    bool, typer.Option("--append", help="Add this corpus to a store that holds another.")
-]
-_Shuffle = Annotated[
-    int | None,
-    typer.Option("--shuffle", metavar="SEED", help="Permute the sequences; the corpus' order."),
-]
-_TextColumn = Annotated[
-    str, typer.Option("--text-column", metavar="NAME", help="Where tables have their text.")
-]
-_Columns = Annotated[
-    str | None,
-    typer.Option("--columns", metavar="NAMES", help="Columns to keep per document; all of them."),
-]
-_Revision = Annotated[
-    str | None,
-    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-]
-_Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda:1 …")]
-_SegmentRows = Annotated[
-    int | None,
-    typer.Option("--segment-rows", metavar="N", help="Rows of a segment; a multiple of 512."),
-]
-_BatchTokens = Annotated[
-    int | None,
-    typer.Option("--batch-tokens", metavar="N", help="Padded tokens of one forward pass."),
-]
-_Worker = Annotated[
-    str,
-    typer.Option("--worker", metavar="I/N", help="This is worker I of N on the same store."),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
-
 
 @reports_errors
 def estimate(
-    model: _Model,
-    corpus: _Sources,
-    out: _MaybeOut = None,
-    locations: _Locations = "neurons",
-    keep: _Keep = None,
-    context: _Context = None,
-    stride: _Stride = None,
-    bos: _Bos = "auto",
-    dtype: _Dtype = "auto",
-    limit_tokens: _LimitTokens = None,
-    max_bytes: _MaxBytes = None,
-    append: _Append = False,
-    shuffle: _Shuffle = None,
-    text_column: _TextColumn = "text",
-    columns: _Columns = None,
-    revision: _Revision = None,
-    device: _Device = "auto",
-    segment_rows: _SegmentRows = None,
-    batch_tokens: _BatchTokens = None,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    model: ModelName,
+    corpus: Sources,
+    out: MaybeOut = None,
+    locations: Locations = "neurons",
+    keep: Keep = None,
+    context: Context = None,
+    stride: Stride = None,
+    bos: Bos = "auto",
+    dtype: Dtype = "auto",
+    limit_tokens: LimitTokens = None,
+    max_bytes: MaxBytes = None,
+    append: Append = False,
+    shuffle: Shuffle = None,
+    text_column: TextColumn = "text",
+    columns: Columns = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    segment_rows: SegmentRows = None,
+    batch_tokens: BatchTokens = None,
+    as_json: AsReport = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what an ingest would write and take; write nothing."""
     settings = _settings(
@@ -163,33 +108,33 @@ def estimate(
         return
     shown = console()
     shown.print(estimate_table(found.estimate))
-    refusal = _refusal(found.estimate, settings.max_bytes)
-    if refusal:
-        shown.print(refusal)
+    reason = refusal(found.estimate, settings.max_bytes)
+    if reason:
+        shown.print(reason)
 
 
 @reports_errors
 def plan(
-    model: _Model,
-    corpus: _Sources,
-    out: _MaybeOut = None,
-    locations: _Locations = "neurons",
-    keep: _Keep = None,
-    context: _Context = None,
-    stride: _Stride = None,
-    bos: _Bos = "auto",
-    dtype: _Dtype = "auto",
-    limit_tokens: _LimitTokens = None,
-    append: _Append = False,
-    shuffle: _Shuffle = None,
-    text_column: _TextColumn = "text",
-    columns: _Columns = None,
-    revision: _Revision = None,
-    device: _Device = "auto",
-    segment_rows: _SegmentRows = None,
-    batch_tokens: _BatchTokens = None,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    model: ModelName,
+    corpus: Sources,
+    out: MaybeOut = None,
+    locations: Locations = "neurons",
+    keep: Keep = None,
+    context: Context = None,
+    stride: Stride = None,
+    bos: Bos = "auto",
+    dtype: Dtype = "auto",
+    limit_tokens: LimitTokens = None,
+    append: Append = False,
+    shuffle: Shuffle = None,
+    text_column: TextColumn = "text",
+    columns: Columns = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    segment_rows: SegmentRows = None,
+    batch_tokens: BatchTokens = None,
+    as_json: AsReport = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say how a corpus would be cut into sequences, batches and segments; write nothing."""
     settings = _settings(
@@ -215,34 +160,35 @@ def plan(
     if as_json:
         print_json(found.plan.to_json())
         return
-    console().print(_plan_table(found.plan))
+    console().print(plan_table(found.plan))
 
 
 @reports_errors
 def ingest(
     typed: typer.Context,
-    model: _Model,
-    corpus: _Sources,
-    out: _Out,
-    locations: _Locations = "neurons",
-    keep: _Keep = None,
-    context: _Context = None,
-    stride: _Stride = None,
-    bos: _Bos = "auto",
-    dtype: _Dtype = "auto",
-    limit_tokens: _LimitTokens = None,
-    max_bytes: _MaxBytes = None,
-    append: _Append = False,
-    shuffle: _Shuffle = None,
-    text_column: _TextColumn = "text",
-    columns: _Columns = None,
-    revision: _Revision = None,
-    device: _Device = "auto",
-    segment_rows: _SegmentRows = None,
-    batch_tokens: _BatchTokens = None,
-    worker: _Worker = "0/1",
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    model: ModelName,
+    out: Out,
+    corpus: MaybeSources = None,
+    locations: Locations = "neurons",
+    keep: Keep = None,
+    context: Context = None,
+    stride: Stride = None,
+    bos: Bos = "auto",
+    dtype: Dtype = "auto",
+    limit_tokens: LimitTokens = None,
+    max_bytes: MaxBytes = None,
+    append: Append = False,
+    shuffle: Shuffle = None,
+    text_column: TextColumn = "text",
+    columns: Columns = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    segment_rows: SegmentRows = None,
+    batch_tokens: BatchTokens = None,
+    worker: Worker = "0/1",
+    set_name: SetName = "base",
+    as_json: AsReport = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a model over a corpus and keep its activations; run it again to resume."""
     settings = _settings(
@@ -259,7 +205,13 @@ def ingest(
         segment_rows=segment_rows,
         batch_tokens=batch_tokens,
         worker=worker_share(worker),
+        set_name=set_name,
     )
+    if not corpus and set_name == "base":
+        raise InvalidInput(
+            "No corpus given. Name files, folders or globs after the model.",
+            kind=ErrorKind.EMPTY_CORPUS,
+        )
     resume = f"actstore {shlex.join(typed.meta[ARGUMENTS])}"
     try:
         read = _corpus(corpus, text_column, columns)
@@ -318,7 +270,7 @@ def run_ingest(
     def announce(phase: str, done: int, total: int) -> None:
         # The plan is on disk by the first forward pass, and no segment is.
         if phase == "forward" and not expected:
-            expected.append(remaining_work(out, is_new=is_new))
+            expected.append(remaining_work(out, settings.set_name, is_new=is_new))
             if not quiet:
                 error_console().print(estimate_table(expected[0]))
         shown(phase, done, total)
@@ -326,68 +278,6 @@ def run_ingest(
     with shown:
         report = pipeline.ingest(loaded, corpus, out, settings, announce)
     return report, expected[0] if expected else None
-
-
-def estimate_table(found: "Estimate") -> Any:
-    """An estimate as names and values."""
-    sizes = sorted(found.bytes_by_array.items(), key=lambda item: -item[1])
-    parts = [f"{name.removesuffix('/forward')} {byte_text(size)}" for name, size in sizes]
-    parts.append(f"index, catalog and model {byte_text(found.zone_bytes + found.other_bytes)}")
-    fields = {
-        "to ingest": f"{count_text(found.tokens)} tokens in {count_text(found.sequences)} "
-        f"sequences of {count_text(found.documents)} documents; {found.segments} segments",
-        "to write": f"{byte_text(found.total_bytes)} in {count_text(found.files)} files",
-        "of these": ", ".join(parts),
-        "free": byte_text(found.free_bytes),
-    }
-    if found.seconds is not None and found.rerun_seconds is not None:
-        fields["time"] = f"about {duration_text(found.seconds)}"
-        fields["without a store"] = (
-            f"about {duration_text(found.rerun_seconds)} of forward passes for every question"
-        )
-    return fields_table(fields)
-
-
-def print_report(report: "IngestReport") -> None:
-    """Print what an ingest did."""
-    shown = console()
-    dropped = ", ".join(
-        f"{count_text(count)} documents dropped ({reason})"
-        for reason, count in report.dropped.items()
-    )
-    fields = {
-        "stored": f"{count_text(report.stored)} of {count_text(report.planned)} tokens; "
-        f"{count_text(report.missing)} missing; {dropped or 'no document dropped'}",
-        "segments": f"{report.committed} of {report.segments} committed, {report.written} by "
-        "this run",
-    }
-    if report.tokens_per_second is not None:
-        fields["took"] = (
-            f"{duration_text(report.seconds)}, {count_text(round(report.tokens_per_second))} "
-            "tokens/s from forward pass to commit"
-        )
-        fields["wrote"] = byte_text(report.bytes_written)
-    fields["peak memory"] = byte_text(report.peak_memory)
-    shown.print(fields_table(fields))
-    if report.errors:
-        rows = [(location, f"{error:.2e}") for location, error in report.errors.items()]
-        shown.print(data_table(["self-check", "largest error of a row, relative"], rows))
-
-
-def print_next(out: Path, missing: int) -> None:
-    """Print what to try on a store."""
-    folder = shlex.quote(str(out))
-    lines = [
-        f"actstore info {folder}",
-        f"actstore topk {folder} mlp_write_norm -k 10",
-        f"actstore examples {folder} mlp_post_act 0:0",
-        f'actstore sql {folder} "FROM neurons ORDER BY kurtosis DESC LIMIT 10"',
-    ]
-    if missing:
-        lines.insert(0, f"actstore verify {folder}")
-    console().print("next:")
-    for line in lines:
-        console().print(f"  {line}", soft_wrap=True)
 
 
 def _print_stop(resume: str, *, as_json: bool) -> None:
@@ -417,44 +307,17 @@ def _settings(
     )
 
 
-def _corpus(sources: list[str], text_column: str, columns: str | None) -> "Corpus":
+def _corpus(sources: list[str] | None, text_column: str, columns: str | None) -> "Corpus":
     from actstore.ingest.corpus import open_corpus
 
     kept = None
     if columns is not None:
         kept = tuple(name.strip() for name in columns.split(",") if name.strip())
     # Paths, whatever they look like: a corpus typed on the command line is files.
-    paths = [Path(source) for source in sources]
-    # A name that matches nothing is said before torch and a model are loaded.
-    open_corpus(paths, text_column=text_column, columns=kept)
+    paths = [Path(source) for source in sources or []]
+    if paths:
+        # A name that matches nothing is said before torch and a model are loaded.
+        open_corpus(paths, text_column=text_column, columns=kept)
     from actstore.ingest.pipeline import Corpus
 
-    return Corpus(paths, text_column=text_column, columns=kept)
-
-
-def _plan_table(found: "PlanSummary") -> Any:
-    dropped = ", ".join(f"{reason}: {count_text(n)}" for reason, n in found.dropped.items())
-    config = found.config
-    return fields_table(
-        {
-            "documents": f"{count_text(found.documents)}"
-            f"{f' (dropped {dropped})' if dropped else ''}",
-            "sequences": f"{count_text(found.sequences)} of up to {config['context']} tokens, "
-            f"stride {config['stride']}, bos {config['bos']}",
-            "tokens": f"{count_text(found.tokens)}{' (limited)' if found.limited else ''}",
-            "batches": f"{count_text(found.batches)} of up to "
-            f"{count_text(config['batch_tokens'])} tokens; {found.padding_share:.1%} padding",
-            "segments": f"{count_text(found.segments)} of {count_text(config['segment_rows'])} "
-            f"rows; {count_text(found.segments_committed)} committed already",
-            "arrays": ", ".join(f"{key} {dtype}" for key, dtype in found.arrays.items()),
-        }
-    )
-
-
-def _refusal(found: "Estimate", max_bytes: int | None) -> str:
-    """Why ingest would refuse to write this much, or nothing."""
-    if max_bytes is not None and found.total_bytes > max_bytes:
-        return f"Ingest would refuse: more than --max-bytes {byte_text(max_bytes)}."
-    if found.total_bytes > 0.8 * found.free_bytes:
-        return "Ingest would refuse: more than 80 % of the free space."
-    return ""
+    return Corpus(paths or None, text_column=text_column, columns=kept)

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from actstore.cli.display import byte_text, count_text, data_table, fields_table
+from actstore.cli.display import byte_text, count_text, fields_table, print_table
+from actstore.cli.options import AsReport, StorePath
 from actstore.cli.output import console, print_json, reports_errors
-from actstore.cli.querying import StorePath
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["info", "locations", "print_info", "scalars"]
 
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
 
 @reports_errors
-def info(store: StorePath, as_json: _Json = False) -> None:
+def info(store: StorePath, as_json: AsReport = False) -> None:
     """Say what a store holds, also while ingest runs."""
     from actstore.query.session import Store
 
@@ -38,7 +36,7 @@ def locations(
         Path | None,
         typer.Argument(metavar="[STORE]", help="Say where this store takes each from."),
     ] = None,
-    as_json: _Json = False,
+    as_json: AsReport = False,
 ) -> None:
     """List the places in the forward pass whose tensors can be kept."""
     from actstore.store.vocabulary import PRESETS, ActivationLocationType
@@ -60,11 +58,11 @@ def locations(
         print_json({"rows": rows})
         return
     columns = ["location", "axes", "presets", "meaning"]
-    console().print(data_table(columns, [[_joined(row[name]) for name in columns] for row in rows]))
+    print_table(console(), columns, [[_joined(row[name]) for name in columns] for row in rows])
 
 
 @reports_errors
-def scalars(as_json: _Json = False) -> None:
+def scalars(as_json: AsReport = False) -> None:
     """List the derived scalars that can be computed, ranked and read."""
     from actstore.query.derived import SCALARS
 
@@ -86,7 +84,7 @@ def scalars(as_json: _Json = False) -> None:
         print_json({"rows": rows})
         return
     columns = ["scalar", "axes", "meaning"]
-    console().print(data_table(columns, [[_joined(row[name]) for name in columns] for row in rows]))
+    print_table(console(), columns, [[_joined(row[name]) for name in columns] for row in rows])
 
 
 def print_info(shown: "Console", found: "StoreInfo") -> None:
@@ -118,7 +116,7 @@ def print_info(shown: "Console", found: "StoreInfo") -> None:
         ]
         for entry in found.locations.values()
     ]
-    shown.print(data_table(["stored", "dtype", "per token", "size", "self-check"], rows))
+    print_table(shown, ["stored", "dtype", "per token", "size", "self-check"], rows)
 
 
 def _store_locations(store: Path, *, as_json: bool) -> None:
@@ -132,7 +130,7 @@ def _store_locations(store: Path, *, as_json: bool) -> None:
         print_json({"rows": [asdict(entry) for entry in found]})
         return
     rows = [[entry.name, entry.kind, entry.source, entry.meaning] for entry in found]
-    console().print(data_table(["location", "kind", "source", "meaning"], rows))
+    print_table(console(), ["location", "kind", "source", "meaning"], rows)
 
 
 def _joined(value: Any) -> Any:

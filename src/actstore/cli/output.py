@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, ParamSpec
 from uuid import UUID
 
@@ -16,9 +17,17 @@ from rich.console import Console
 from rich.text import Text
 
 from actstore.cli.display import visible
-from actstore.store.errors import ActstoreError
+from actstore.store.errors import ActstoreError, ErrorKind, InvalidInput
 
-__all__ = ["console", "error_console", "json_text", "json_value", "print_json", "reports_errors"]
+__all__ = [
+    "cannot_write",
+    "console",
+    "error_console",
+    "json_text",
+    "json_value",
+    "print_json",
+    "reports_errors",
+]
 
 _P = ParamSpec("_P")
 
@@ -107,3 +116,11 @@ def report_error(error: ActstoreError, *, as_json: bool) -> None:
         return
     message = "\n".join(visible(line) for line in str(error).splitlines())
     error_console().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def cannot_write(out: Path, error: OSError) -> InvalidInput:
+    """The error for a file that `--out` names and that cannot be written."""
+    return InvalidInput(
+        f"Cannot write {out}: {error.strerror or error}. Choose another --out.",
+        kind=ErrorKind.INVALID_ARGUMENT,
+    )

@@ -25,6 +25,7 @@ __all__ = ["PhaseProgress"]
 
 _PLAIN_SECONDS = 10.0
 _PLAIN_SHARE = 0.1
+_LEAST_SECONDS = 1.0
 
 _TITLES = {
     "plan": "planning",
@@ -112,7 +113,8 @@ class PhaseProgress:
         at, before = self._printed.get(phase, (now, -1))
         is_new = before < 0
         is_due = now - at >= _PLAIN_SECONDS or (total > 0 and done - before >= _PLAIN_SHARE * total)
-        if not (is_new or done == total or (is_due and now - at >= 1.0)) or done == before:
+        is_told = is_new or done == total or (is_due and now - at >= _LEAST_SECONDS)
+        if not is_told or done in (0, before):
             return
         self._printed[phase] = now, done
         elapsed = now - self.first[phase]

@@ -1,36 +1,34 @@
 """Commands that look after a store: `verify` and `compact`."""
 
-from typing import Annotated
-
 import typer
 from rich.text import Text
 
-from actstore.cli.display import byte_text, count_text, data_table, visible
+from actstore.cli.display import byte_text, count_text, visible
+from actstore.cli.options import AsReport, Quiet, StorePath
 from actstore.cli.output import console, print_json, reports_errors
 from actstore.cli.progress import PhaseProgress
-from actstore.cli.querying import StorePath
 
 __all__ = ["compact", "verify"]
 
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-
 
 @reports_errors
-def verify(store: StorePath, as_json: _Json = False, quiet: _Quiet = False) -> None:
+def verify(store: StorePath, as_json: AsReport = False, quiet: Quiet = False) -> None:
     """Read every byte of a store against its checksum; exit 1 if something is wrong."""
     from actstore.store.verification import verify_store
 
     with PhaseProgress("files", quiet=quiet) as progress:
         report = verify_store(store, lambda done, total: progress("verify", done, total))
+        progress("verify", report.files, report.files)
     if as_json:
         print_json(report.to_json())
     else:
         shown = console()
         read = f"{count_text(report.files)} files, {byte_text(report.bytes)} read"
         if report.findings:
-            rows = [[one.problem, one.path, one.detail] for one in report.findings]
-            shown.print(data_table(["problem", "file", "detail"], rows))
+            for one in report.findings:
+                # Not a table: a name that is cut short names nothing.
+                line = f"{one.problem:>8}  {visible(one.path)}  ({visible(one.detail)})"
+                shown.print(line, soft_wrap=True)
             count = len(report.findings)
             noun = "file is" if count == 1 else "files are"
             shown.print(Text(f"{read}; {count} {noun} damaged, missing or unknown", "bold red"))
@@ -47,7 +45,7 @@ def verify(store: StorePath, as_json: _Json = False, quiet: _Quiet = False) -> N
 
 
 @reports_errors
-def compact(store: StorePath, as_json: _Json = False) -> None:
+def compact(store: StorePath, as_json: AsReport = False) -> None:
     """Merge what queries need of all segments into one index and one catalog."""
     from dataclasses import asdict
 
