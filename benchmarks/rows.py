@@ -125,11 +125,15 @@ class _Reads:
     def time(
         self,
         cases: dict[str, Iterator[object]],
+        round_trip: int,
         cold: bool,
         repetitions: int,
         options: Options,
     ) -> dict[str, Timing]:
-        """Time each case's next step; every cold one with evicted files and a new reader."""
+        """Time each case's next step; every cold one with evicted files and a new reader.
+
+        The steps recur, so after one round of them everything warm is in memory.
+        """
 
         def prepare() -> None:
             if cold:
@@ -139,7 +143,7 @@ class _Reads:
         suffix = "cold" if cold else "warm"
         if not cold:
             for steps in cases.values():
-                for _ in range(2):
+                for _ in range(round_trip):
                     next(steps)
         return interleave(
             [
@@ -155,7 +159,7 @@ class _Windows(_Reads):
     def measure(
         self, cold: bool, repetitions: int, rng: np.random.Generator, options: Options
     ) -> dict[str, Timing]:
-        starts = rng.integers(0, len(self.values) - WINDOW, 50).tolist()
+        starts = rng.integers(0, len(self.values) - WINDOW, 3 * repetitions).tolist()
         segment_rows = self.reader.segment_rows
         starts = [s - max(0, s % segment_rows + WINDOW - segment_rows) for s in starts]
         for start in starts[:3]:
@@ -166,7 +170,7 @@ class _Windows(_Reads):
             "window": (self._window(start) for start in cycle(starts)),
             "one pread": (self.pread(start, WINDOW) for start in cycle(starts)),
         }
-        return self.time(cases, cold, repetitions, options)
+        return self.time(cases, len(starts), cold, repetitions, options)
 
     def _window(self, start: int) -> npt.NDArray[np.float16]:
         array = self.reader.array(Location.MLP_POST_ACT)
@@ -186,7 +190,7 @@ class _Scattered(_Reads):
             "preads": (self._preads(rows, announce=False) for rows in cycle(samples)),
             "announced preads": (self._preads(rows, announce=True) for rows in cycle(samples)),
         }
-        return self.time(cases, cold, repetitions, options)
+        return self.time(cases, len(samples), cold, repetitions, options)
 
     def _rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
         found: npt.NDArray[np.float16] = self.reader.array(Location.RESID_POST_MLP).reader.rows(

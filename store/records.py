@@ -28,7 +28,7 @@ def encode_record(fields: dict[str, Any]) -> bytes:
     r"""Serialise ``fields`` with their checksum.
 
     >>> encode_record({"b": 1, "a": "x"})
-    b'{"a":"x","b":1,"crc32c":"6da0ba0b"}\n'
+    b'{"a":"x","b":1,"crc32c":"d78c9188"}\n'
     """
     body = {key: value for key, value in fields.items() if key != "crc32c"}
     checksum = f"{crc32c(canonical_json(body)):08x}"

@@ -277,7 +277,7 @@ def _command_line(arguments: tuple[str, ...]) -> tuple[int, str]:
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         sys.argv = ["actstore", *arguments]
         try:
-            status = int(main() or 0)
+            main()
         except SystemExit as stop:
             status = int(stop.code or 0)
     return status, printed.getvalue()
@@ -294,9 +294,9 @@ def _install(order: Order) -> None:
         def grant(root: Path, name: str, segment: int) -> Iterator[bool]:
             yield True
 
-        pipeline.lock_segment = grant
+        pipeline.__dict__["lock_segment"] = grant
     if not order.sync:
-        os.fsync = lambda descriptor: None
+        os.fsync = lambda fd: None
     if order.perturb:
         cast = writer.stored_array
         writer.stored_array = lambda tensor, dtype: cast(tensor * (1 + 2**-6), dtype)
@@ -330,7 +330,7 @@ def _install(order: Order) -> None:
         strike("linked", target)
         return renamed
 
-    Path.rename = watched_rename  # type: ignore[method-assign]
+    Path.rename = watched_rename  # type: ignore[method-assign,assignment]
     blobs._write_synced = watched_write
     os.link = watched_link  # type: ignore[assignment]
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -400,6 +401,8 @@ def test_sql_tables_end_and_other_statements_show(store: Path) -> None:
     whole = run("sql", store, "FROM documents", "--rows", 0)
     assert len(whole.stdout.splitlines()) == 2 + 12
     assert whole.stderr == ""
+    total = run("sql", store, "SELECT sum(n_tokens) * 1000 AS total FROM documents").stdout
+    assert re.fullmatch(r"\d{1,3}(,\d{3})+", total.splitlines()[-1].strip())
     assert "neurons" in run("sql", store, "SHOW TABLES").stdout
     assert "Projection" in run("sql", store, "EXPLAIN SELECT 1").stdout
 

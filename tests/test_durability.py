@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -401,11 +401,12 @@ def test_reader_sees_committed_segments_and_nothing_else(
     assert array.segments == [0, 1]
     assert early.planned_segments == 4
     assert len(array.reader.window(1, 0, 0, 512)) == early.commits["base"][1].rows
-    for read in (
+    reads: list[Callable[[], object]] = [
         lambda: array.reader.window(2, 0, 0, 512),
         lambda: array.reader.rows(0, np.array([2 * 512])),
         lambda: array.reader.cells(2, 0, np.array([0]), 3),
-    ):
+    ]
+    for read in reads:
         with pytest.raises(Unavailable, match=r"Segment 2 .* is not committed") as caught:
             read()
         assert caught.value.kind is ErrorKind.NOT_STORED

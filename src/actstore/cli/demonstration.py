@@ -11,7 +11,7 @@ import typer
 from rich.rule import Rule
 from rich.text import Text
 
-from actstore.cli.display import byte_text, duration_text, fields_table, print_table
+from actstore.cli.display import byte_text, duration_text, fields_table, print_table, visible
 from actstore.cli.ingesting import ARGUMENTS, run_ingest
 from actstore.cli.listing import print_info
 from actstore.cli.output import console, reports_errors
@@ -83,11 +83,11 @@ def _ingest(shown: "Console", out: Path, limit: int | None, took: dict[str, floa
                 kind=ErrorKind.EMPTY_CORPUS,
             ) from error
     if _is_there(out, loaded.fingerprint):
-        shown.print(f"{out} is there already; nothing to ingest.")
+        shown.print(f"{visible(str(out))} is there already; nothing to ingest.")
         return True
     shown.print(
         f"Ingesting {limit:,} tokens of Python's standard library through the shipped model "
-        f"into {out}."
+        f"into {visible(str(out))}."
     )
     progress = PhaseProgress()
     started = time.monotonic()

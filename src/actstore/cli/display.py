@@ -7,6 +7,7 @@ control character of it reaches the terminal.
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from rich.cells import cell_len
@@ -150,7 +151,7 @@ def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequenc
     texts: list[list[str]] = []
     numeric: list[bool] = []
     for number, name in enumerate(columns):
-        values = [row[number] for row in members]
+        values = [_plain(row[number]) for row in members]
         numeric.append(_is_numeric(values))
         texts.append(_number_texts(name, values) if numeric[-1] else [*map(_cell_text, values)])
     widths = [
@@ -184,6 +185,13 @@ def _fit_columns(widths: list[int], numeric: Sequence[bool], room: int) -> None:
         if not yielding:
             return
         widths[max(yielding, key=lambda number: widths[number])] -= 1
+
+
+def _plain(value: Any) -> Any:
+    """A value with Python's own numbers; sums of whole numbers come as decimals."""
+    if not isinstance(value, Decimal):
+        return value
+    return int(value) if value == value.to_integral_value() else float(value)
 
 
 def _is_numeric(values: Sequence[Any]) -> bool:

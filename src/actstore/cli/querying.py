@@ -165,7 +165,7 @@ def print_examples(shown: "Console", found: "Examples", *, title: str = "") -> N
     shown.print(Text(heading, "bold"))
     if not len(found):
         shown.print("no row that may answer")
-    strongest = max((abs(v) for row in found for v in row.values if not math.isnan(v)), default=0.0)
+    strongest = max((abs(v) for row in found for v in row.values if math.isfinite(v)), default=0.0)
     values = [f"{row.value:.4g}" for row in found]
     places = [f"{row.sequence}:{row.position}" for row in found]
     value_width = max(map(len, values), default=0)

@@ -55,7 +55,7 @@ def sql(
 ) -> None:
     """Ask the tables of a store: tokens, sequences, documents, neurons and more."""
     chosen = SqlFormat.JSON if as_json else form
-    if (chosen is SqlFormat.PARQUET) > (out is not None):
+    if chosen is SqlFormat.PARQUET and out is None:
         raise InvalidInput(
             "--format parquet writes a file; add --out FILE.", kind=ErrorKind.INVALID_ARGUMENT
         )
