@@ -579,6 +579,32 @@ def test_words_for_people() -> None:
         json_text(object())
 
 
+def test_the_demo_tells_its_story_and_reuses_its_store(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "demo"
+    first = run("demo", "--out", out, "--limit-tokens", "3k")
+    assert first.exit_code == 0, first.output
+    assert "forward passes:" in first.stderr
+    folder = shlex.quote(str(out))
+    for part in (
+        f"actstore info {folder}",
+        f"actstore examples {folder} mlp_post_act ",
+        f"actstore topk {folder} mlp_write_norm",
+        "FROM neurons WHERE NOT dead",
+        "forward passes and writing",
+        "next:",
+    ):
+        assert part in first.stdout, part
+    assert first.stdout.count("«") >= 5
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = run("demo", "--out", out)
+    assert again.exit_code == 0
+    assert "nothing to ingest" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == files
+    other = run("demo", "--out", store)
+    assert other.exit_code == 2
+    assert "other weights" in other.stderr
+
+
 def test_metadata_commands_do_not_import_torch(store: Path) -> None:
     script = f"""
 import sys

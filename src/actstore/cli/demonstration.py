@@ -59,10 +59,10 @@ def demo(
         shown.print(f"  actstore {shlex.join(typed.meta[ARGUMENTS])}", soft_wrap=True)
         return
     with _timed(took, "questions"):
-        _ask(shown, out)
+        layer, neuron = _ask(shown, out)
     shown.print(Rule("what took how long", align="left"))
     shown.print(fields_table({phase: duration_text(seconds) for phase, seconds in took.items()}))
-    _print_next(shown, out)
+    _print_next(shown, out, f"{layer}:{neuron}")
 
 
 def _ingest(shown: "Console", out: Path, limit: int | None, took: dict[str, float]) -> bool:
@@ -134,8 +134,12 @@ def _is_there(out: Path, fingerprint: str) -> bool:
         reader.close()
 
 
-def _ask(shown: "Console", out: Path) -> None:
-    """The tour: what is there, telling neurons, one ranking, one SQL query."""
+def _ask(shown: "Console", out: Path) -> tuple[int, int]:
+    """The tour: what is there, telling neurons, one ranking, one SQL query.
+
+    Returns:
+        Layer and neuron of the first of the telling ones.
+    """
     from actstore.query.session import Store
 
     folder = shlex.quote(str(out))
@@ -145,7 +149,8 @@ def _ask(shown: "Console", out: Path) -> None:
         print_info(shown, found)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         shown.print(f"{byte_text(size)} on disk")
-        for layer, neuron, title in _neurons(store):
+        neurons = _neurons(store)
+        for layer, neuron, title in neurons:
             command = f"actstore examples {folder} mlp_post_act {layer}:{neuron}"
             shown.print(Rule(f"{command} -k {_SHOWN_CONTEXTS}", align="left"))
             with _announced(shown):
@@ -162,6 +167,7 @@ def _ask(shown: "Console", out: Path) -> None:
             answer = store.sql(_SELECTIVE).to_arrow_table()
             rows = [list(row.values()) for row in answer.to_pylist()]
             print_table(shown, answer.column_names, rows)
+    return neurons[0][:2]
 
 
 def _neurons(store: "Store") -> list[tuple[int, int, str]]:
@@ -174,12 +180,12 @@ def _neurons(store: "Store") -> list[tuple[int, int, str]]:
     return [(row[0], row[1], f"kurtosis {row[2]:.1f}") for row in rows[:_SHOWN_NEURONS]]
 
 
-def _print_next(shown: "Console", out: Path) -> None:
+def _print_next(shown: "Console", out: Path, unit: str) -> None:
     folder = shlex.quote(str(out))
     shown.print("next:")
     for line in (
         f"actstore topk {folder} mlp_post_act --layer 3 --distinct sequence --explain",
-        f"actstore examples {folder} mlp_post_act 2:17 --kind quantile -k 8",
+        f"actstore examples {folder} mlp_post_act {unit} --kind quantile -k 8",
         f"actstore topk {folder} mlp_write_norm --where \"text = ' self'\" -k 10",
         f'actstore sql {folder} "FROM documents LIMIT 5"',
         f"actstore derive {folder} resid_post_mlp --sequence 0 --layer 3",

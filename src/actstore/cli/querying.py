@@ -166,7 +166,7 @@ def print_examples(shown: "Console", found: "Examples", *, title: str = "") -> N
     if not len(found):
         shown.print("no row that may answer")
     strongest = max((abs(v) for row in found for v in row.values if math.isfinite(v)), default=0.0)
-    values = [f"{row.value:.4g}" for row in found]
+    values = [f"{row.value:#.4g}" for row in found]
     places = [f"{row.sequence}:{row.position}" for row in found]
     value_width = max(map(len, values), default=0)
     place_width = max(map(len, places), default=0)
