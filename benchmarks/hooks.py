@@ -34,8 +34,8 @@ def run(size: int, options: Options | None = None) -> Result:
     else:
         demo, name = demo_model()
         studies = [
-            (name, demo, 16, 256, 15),
-            ("GPT-2 small's shape, random", random_model("gpt2-small"), 2, 256, 9),
+            (name, demo, 16, 256, 11),
+            ("GPT-2 small's shape, random", random_model("gpt2-small"), 1, 256, 7),
         ]
     timings: list[Timing] = []
     ratios: list[Ratio] = []

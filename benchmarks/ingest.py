@@ -19,7 +19,7 @@ from actstore.store.reader import StoreReader
 from benchmarks.harness import Case, Options, Result, Timing, compare, interleave, scratch
 from benchmarks.models import bare_forward, demo_model, random_model, standard_library
 
-FULL_SIZE = 3
+FULL_SIZE = 2
 """Hundreds of thousands of tokens."""
 
 _PHASES = {
@@ -40,7 +40,7 @@ def run(size: int, options: Options | None = None) -> Result:
         tokens, segment_rows, repetitions = 2048, 512, 1
     else:
         loaded, model = demo_model()
-        tokens, segment_rows, repetitions = size * 100_000, None, 3
+        tokens, segment_rows, repetitions = size * 100_000, None, 2
     settings = IngestSettings(
         limit_tokens=tokens,
         segment_rows=segment_rows,

@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.harness import ROOT, Options, Ratio, Result, scratch
 
-FULL_SIZE = 4
+FULL_SIZE = 2
 """Hundreds of thousands of tokens of the larger corpus; the smaller has a quarter. 1 is one tiny
 corpus."""
 

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from actstore.ingest.demo import DEMO_MODEL, standard_library_files
 from actstore.ingest.model import LoadedModel, load_model
-from actstore.ingest.pipeline import Corpus
+from actstore.ingest.preparation import Corpus
 
 __all__ = ["bare_forward", "demo_model", "random_ids", "random_model", "standard_library"]
 

@@ -1,152 +1,40 @@
 """Model and corpus in, committed segments out: the order of the steps."""
 
-import math
 import platform
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 from crc32c import crc32c
 
 from actstore.ingest.capture import Capture
-from actstore.ingest.corpus import open_corpus
-from actstore.ingest.estimate import array_bytes, require_space, zone_bytes
+from actstore.ingest.estimate import require_space
 from actstore.ingest.model import LoadedModel
-from actstore.ingest.probe import array_specs, choose_dtypes
+from actstore.ingest.preparation import Corpus, PlannedIngest, plan_ingest
 from actstore.ingest.report import IngestReport
 from actstore.ingest.selfcheck import check_store
-from actstore.ingest.settings import IngestSettings, Progress, segment_rows_for
+from actstore.ingest.settings import IngestSettings, Progress
 from actstore.ingest.snapshot import snapshot_files
-from actstore.ingest.tokenization import resolve_bos, special_token_ids, tokenize
 from actstore.ingest.writer import NumericOverflow, SegmentWriter
-from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs, Part
-from actstore.store.commits import CommitRecord, commit_path, lock_segment, read_commits
-from actstore.store.errors import ErrorKind, InvalidInput, StoreConflict
-from actstore.store.layout import ArraySpec
+from actstore.store.blobs import LocalBlobs, Part
+from actstore.store.commits import CommitRecord, commit_path, lock_segment
+from actstore.store.errors import ErrorKind, StoreConflict
 from actstore.store.manifest import (
     MANIFEST,
     FileEntry,
-    SetRecord,
-    StoreManifest,
     read_manifest,
-    read_sets,
-    replaced_arrays,
 )
-from actstore.store.plan import Plan, PlanConfig, load_plans
-from actstore.store.planning import PlanOutcome, build_plan
+from actstore.store.plan import Plan
 from actstore.store.publishing import publish_file, publish_metadata
 from actstore.store.reader import StoreReader
 from actstore.store.snapshot import compact
 
-__all__ = ["Corpus", "PlannedIngest", "ingest", "plan_ingest"]
+__all__ = ["ingest", "peak_memory"]
 
 _COMPACT_EVERY = 64
-_CPU_BATCH_TOKENS = 4096
-_ACCELERATOR_BATCH_TOKENS = 65536
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What to read, as the caller named it.
-
-    Attributes:
-        source: paths or globs, or an iterable of strings, dicts or token-id lists.
-        text_column: where the text is in tables and dicts.
-        columns: the caller's columns to keep; all by default.
-    """
-
-    source: Any
-    text_column: str = "text"
-    columns: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class PlannedIngest:
-    """An ingest that is decided and has not begun.
-
-    Attributes:
-        manifest: what ``store.json`` says or will say (without files).
-        outcome: the plans, and what of the corpus was dropped.
-        set_record: the arrays.
-        arrays: those of the set that are written: all but what another set replaces.
-        is_new: whether the store has no ``store.json`` yet.
-        remaining: segment -> filled rows, of the segments not committed.
-    """
-
-    loaded: LoadedModel
-    settings: IngestSettings
-    blobs: LocalBlobs
-    manifest: StoreManifest
-    outcome: PlanOutcome
-    set_record: SetRecord
-    arrays: tuple[ArraySpec, ...]
-    is_new: bool
-    remaining: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def bytes_remaining(self) -> int:
-        """Bytes of the shards and zone files still to be written."""
-        rows = list(self.remaining.values())
-        return sum(array_bytes(spec, rows) + zone_bytes(spec, rows) for spec in self.arrays)
-
-
-def plan_ingest(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    out: str | Path,
-    settings: IngestSettings,
-    progress: Progress | None = None,
-) -> PlannedIngest:
-    """Decide everything that an ingest needs; writes the plan and nothing else.
-
-    Raises:
-        StoreConflict: the path holds a store of another model, config or corpus.
-        InvalidInput: the corpus or a setting cannot be used.
-    """
-    blobs = LocalBlobs(out)
-    existing = read_manifest(blobs) if blobs.exists(MANIFEST) else None
-    if existing is None:
-        _require_free(blobs)
-    if existing is None and settings.set_name != "base":
-        raise InvalidInput(
-            f"{out} is not a store yet, and set {settings.set_name!r} is an addition to one. "
-            "Ingest the base set first.",
-            kind=ErrorKind.NOT_A_STORE,
-        )
-    config = _plan_config(loaded, settings, existing)
-    manifest = _manifest(loaded, settings, config, existing)
-    if existing is not None:
-        existing.require_same(manifest, out)
-        manifest = existing
-    plans = load_plans(blobs.root)
-    outcome = _planned_corpus(loaded, corpus, settings, blobs, config, plans, progress)
-    sets = read_sets(blobs, config.segment_rows)
-    set_record = _set_record(loaded, settings, blobs, outcome.plans[0], sets)
-    replaced = replaced_arrays(sets)
-    committed = read_commits(blobs, set_record.name)
-    remaining = {
-        number: int(rows)
-        for plan in outcome.plans
-        for number, rows in enumerate(plan.filled_rows(), plan.first_segment)
-        if number not in committed
-    }
-    return PlannedIngest(
-        loaded=loaded,
-        settings=settings,
-        blobs=blobs,
-        manifest=manifest,
-        outcome=outcome,
-        set_record=set_record,
-        arrays=tuple(spec for spec in set_record.arrays if spec.key not in replaced),
-        is_new=existing is None,
-        remaining=remaining,
-    )
 
 
 def ingest(
@@ -284,163 +172,6 @@ def _plan_of(plans: Iterable[Plan], segment: int) -> Plan:
     raise AssertionError(f"segment {segment} belongs to no plan")
 
 
-def _require_free(blobs: LocalBlobs) -> None:
-    """A new store goes into an empty directory, or one where this very ingest began."""
-    for key in blobs.listing():
-        is_ours = key.split("/")[0] in ("plan", "model", "locks") or TEMPORARY_MARK in key
-        # Another worker may have made the store since it was looked for.
-        if not is_ours and not blobs.exists(MANIFEST):
-            raise InvalidInput(
-                f"{blobs.root} is not empty and not a store: it has {key}. Choose another --out.",
-                kind=ErrorKind.NOT_A_STORE,
-            )
-
-
-def _plan_config(
-    loaded: LoadedModel, settings: IngestSettings, existing: StoreManifest | None
-) -> PlanConfig:
-    """The plan's settings; what the caller left open follows the store, if there is one."""
-    stored: Mapping[str, Any] = existing.config if existing is not None else {}
-    longest = loaded.dimensions.n_positions
-    context = settings.context or int(stored.get("context", longest))
-    if context > longest:
-        raise InvalidInput(
-            f"context is {context}; {loaded.name} reads at most {longest} tokens.",
-            kind=ErrorKind.INVALID_ARGUMENT,
-        )
-    accelerated = loaded.device.type != "cpu"
-    value_bytes = 4 if settings.dtype_rules[0] == "float32" else 2
-    per_token = sum(
-        value_bytes
-        * (loaded.dimensions.n_layers if place.has_layers else 1)
-        * math.prod(loaded.dimensions.unit_shape(place, context))
-        for place in settings.chosen
-    )
-    rows = settings.segment_rows or stored.get("segment_rows")
-    policy = settings.bos if settings.bos != "auto" or not stored else str(stored["bos"])
-    bos, bos_token_id = resolve_bos(policy, loaded.tokenizer)
-    vocabulary_size = loaded.dimensions.vocabulary_size
-    batch = _ACCELERATOR_BATCH_TOKENS if accelerated else _CPU_BATCH_TOKENS
-    return PlanConfig(
-        vocabulary_size=vocabulary_size,
-        context=context,
-        stride=settings.stride
-        or (int(stored["stride"]) if context == stored.get("context") else 0),
-        bos=bos,
-        bos_token_id=bos_token_id,
-        special_token_ids=special_token_ids(loaded.tokenizer, vocabulary_size),
-        segment_rows=segment_rows_for(
-            replace(settings, segment_rows=rows), context, per_token, accelerated
-        ),
-        batch_tokens=settings.batch_tokens or int(stored.get("batch_tokens", batch)),
-        limit_tokens=settings.limit_tokens,
-        shuffle=settings.shuffle,
-    )
-
-
-def _planned_corpus(
-    loaded: LoadedModel,
-    corpus: Corpus,
-    settings: IngestSettings,
-    blobs: LocalBlobs,
-    config: PlanConfig,
-    plans: list[Plan],
-    progress: Progress | None,
-) -> PlanOutcome:
-    """The plans of the corpus; a further set may leave the corpus to the store's own plans."""
-    if corpus.source is None and plans and settings.set_name != "base":
-        counts = [plan.counts for plan in plans]
-        return PlanOutcome(
-            plans=tuple(plans),
-            created=None,
-            documents=sum(count.documents for count in counts),
-            sequences=sum(count.sequences for count in counts),
-            tokens=sum(count.tokens for count in counts),
-            dropped={},
-            limited=False,
-        )
-    documents = tokenize(
-        open_corpus(corpus.source, text_column=corpus.text_column, columns=corpus.columns),
-        loaded.tokenizer,
-        vocabulary_size=config.vocabulary_size,
-    )
-    return build_plan(
-        blobs, config, documents, plans, append=settings.append, progress=_planning(progress)
-    )
-
-
-def _manifest(
-    loaded: LoadedModel,
-    settings: IngestSettings,
-    config: PlanConfig,
-    existing: StoreManifest | None,
-) -> StoreManifest:
-    is_addition = existing is not None and settings.set_name != "base"
-    return StoreManifest(
-        model={
-            "name": loaded.name,
-            "revision": loaded.revision,
-            "architecture": loaded.architecture.name,
-            "dimensions": asdict(loaded.dimensions),
-            "fingerprint": loaded.fingerprint,
-            "run_dtype": str(loaded.dtype).removeprefix("torch."),
-        },
-        tokenizer={
-            "vocabulary_size": config.vocabulary_size,
-            "bos_token_id": config.bos_token_id,
-            "special_token_ids": list(config.special_token_ids),
-        },
-        config={
-            "context": config.context,
-            "stride": config.stride,
-            "bos": config.bos,
-            "segment_rows": config.segment_rows,
-            "batch_tokens": config.batch_tokens,
-            "dtype": existing.config["dtype"] if existing and is_addition else settings.dtype,
-            "objective": None,
-        },
-        environment={
-            "device": str(loaded.device),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    )
-
-
-def _set_record(
-    loaded: LoadedModel,
-    settings: IngestSettings,
-    blobs: LocalBlobs,
-    plan: Plan,
-    sets: dict[str, SetRecord],
-) -> SetRecord:
-    """The store's own record of the set, or one with dtypes probed on the first plan."""
-    name = settings.set_name
-    if name in sets:
-        stored = [spec.location.label for spec in sets[name].arrays]
-        wanted = [location.label for location in settings.chosen]
-        if stored != wanted:
-            raise StoreConflict(
-                f"{blobs.root} stores {', '.join(stored)} in set {name!r}; this run asks for "
-                f"{', '.join(wanted)}. "
-                "Repeat the store's own locations, or ingest into another path.",
-                kind=ErrorKind.CONFIG_CONFLICT,
-            )
-        return sets[name]
-    dtypes = choose_dtypes(loaded, settings, plan)
-    arrays = array_specs(loaded, dtypes, plan.config.segment_rows, plan.config.context)
-    current = {spec.key for record in sets.values() for spec in record.arrays}
-    current -= replaced_arrays(sets)
-    again = {key.split("@")[0]: key for key in current}
-    return SetRecord(
-        name=name,
-        arrays=tuple(replace(s, variant=name) if s.key in again else s for s in arrays),
-        retention={spec.location.label: "raw" for spec in arrays},
-        replaces=tuple(again[spec.key] for spec in arrays if spec.key in again),
-    )
-
-
 def _publish_store(planned: PlannedIngest) -> None:
     """Model files, then ``store.json``, the set and the Zarr metadata."""
     blobs, manifest = planned.blobs, planned.manifest
@@ -482,9 +213,3 @@ def _withdraw(planned: PlannedIngest) -> None:
         for directory in (folder, folder.parent, planned.blobs.root):
             if directory.is_dir() and not any(directory.iterdir()):
                 directory.rmdir()
-
-
-def _planning(progress: Progress | None) -> Any:
-    if progress is None:
-        return None
-    return lambda documents, tokens: progress("plan", tokens, 0)

@@ -18,7 +18,7 @@ import torch
 from actstore.ingest.capture import Capture
 from actstore.ingest.estimate import Estimate, StoreSize, free_space
 from actstore.ingest.model import LoadedModel
-from actstore.ingest.pipeline import Corpus, PlannedIngest, plan_ingest
+from actstore.ingest.preparation import Corpus, PlannedIngest, plan_ingest
 from actstore.ingest.settings import IngestSettings, Progress
 from actstore.ingest.writer import SegmentAssembly
 from actstore.store.blobs import LocalBlobs

@@ -261,7 +261,8 @@ def _run_child(order: Order, loaded: Any, outcome: Path) -> int:
 def _ingest(order: Order, loaded: Any) -> dict[str, Any]:
     import tiny_ingest
 
-    from actstore.ingest.pipeline import Corpus, ingest
+    from actstore.ingest.pipeline import ingest
+    from actstore.ingest.preparation import Corpus
 
     choices = {k: tuple(v) if isinstance(v, list) else v for k, v in order.settings.items()}
     settings = tiny_ingest.tiny_settings(**{"limit_tokens": 1700, **choices})

@@ -39,9 +39,9 @@ def test_what_is_exported() -> None:
 
 def test_the_folder_and_the_function_share_a_name() -> None:
     import actstore.ingest.pipeline as by_path
-    from actstore.ingest.pipeline import Corpus
+    from actstore.ingest.pipeline import peak_memory
 
-    assert by_path.Corpus is Corpus
+    assert by_path.peak_memory is peak_memory
     assert callable(actstore.ingest)
     assert actstore.ingest.pipeline is by_path  # type: ignore[attr-defined]
     assert list(inspect.signature(actstore.ingest).parameters)[:3] == ["model", "corpus", "out"]

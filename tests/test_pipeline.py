@@ -8,7 +8,8 @@ import pytest
 from tiny_ingest import CORPUS, file_bytes, fresh_copy, tiny_model, tiny_settings
 
 from actstore.ingest.model import LoadedModel, load_model
-from actstore.ingest.pipeline import Corpus, ingest
+from actstore.ingest.pipeline import ingest
+from actstore.ingest.preparation import Corpus
 from actstore.ingest.report import IngestReport
 from actstore.query.session import Store
 from actstore.store.errors import ErrorKind, IngestStopped, InvalidInput, StoreConflict

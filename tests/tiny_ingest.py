@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from actstore.ingest.model import LoadedModel, load_model
-from actstore.ingest.pipeline import Corpus, ingest
+from actstore.ingest.pipeline import ingest
+from actstore.ingest.preparation import Corpus
 from actstore.ingest.settings import IngestSettings
 
 CORPUS = Path(__file__).parent / "data" / "corpus"

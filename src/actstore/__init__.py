@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from actstore.ingest.estimate import Estimate
-    from actstore.ingest.pipeline import Corpus
+    from actstore.ingest.preparation import Corpus
     from actstore.ingest.settings import IngestSettings
     from actstore.query.session import Store
 
@@ -270,7 +270,7 @@ def _settings(objective: object, **choices: Any) -> "IngestSettings":
 
 
 def _corpus(source: Any, text_column: str, columns: Sequence[str] | None) -> "Corpus":
-    from actstore.ingest.pipeline import Corpus
+    from actstore.ingest.preparation import Corpus
 
     names = (columns,) if isinstance(columns, str) else columns
     return Corpus(source, text_column, None if names is None else tuple(names))

@@ -70,7 +70,7 @@ def _ingest(shown: "Console", out: Path, limit: int | None, took: dict[str, floa
     with _timed(took, "loading torch and the model"):
         from actstore.ingest.demo import standard_library_files
         from actstore.ingest.model import load_model
-        from actstore.ingest.pipeline import Corpus
+        from actstore.ingest.preparation import Corpus
         from actstore.ingest.settings import IngestSettings
 
         loaded = load_model("demo", device="cpu")

@@ -47,7 +47,7 @@ from actstore.store.errors import ErrorKind, InvalidInput
 
 if TYPE_CHECKING:
     from actstore.ingest.estimate import Estimate
-    from actstore.ingest.pipeline import Corpus
+    from actstore.ingest.preparation import Corpus
     from actstore.ingest.report import IngestReport
     from actstore.ingest.settings import IngestSettings
 
@@ -318,6 +318,6 @@ def _corpus(sources: list[str] | None, text_column: str, columns: str | None) ->
     if paths:
         # A name that matches nothing is said before torch and a model are loaded.
         open_corpus(paths, text_column=text_column, columns=kept)
-    from actstore.ingest.pipeline import Corpus
+    from actstore.ingest.preparation import Corpus
 
     return Corpus(paths or None, text_column=text_column, columns=kept)
