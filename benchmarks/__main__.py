@@ -16,13 +16,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="1 is a few seconds; the full size by default")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
     parser.add_argument(
         "--keep-caches",
         action="store_true",
         help="cold reads evict the files involved, and never the kernel's whole page cache",
     )
     arguments = parser.parse_args()
-    options = Options(arguments.seed, can_drop_caches() and not arguments.keep_caches)
+    drop_caches = can_drop_caches() and not arguments.keep_caches
+    options = Options(arguments.seed, drop_caches, arguments.threads)
     results = []
     for name in BENCHMARKS if arguments.name == "all" else (arguments.name,):
         module = import_module(f"benchmarks.{name}")

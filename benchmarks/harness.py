@@ -47,10 +47,12 @@ class Options:
         seed: of the order and of all random choices.
         drop_caches: also ask the kernel to drop its whole page cache before a cold
             measurement; needs root, and slows whatever else the machine does.
+        threads: of torch; its own choice by default. One is steadier on a busy machine.
     """
 
     seed: int = 0
     drop_caches: bool = False
+    threads: int | None = None
 
     @property
     def cold(self) -> str:
@@ -82,12 +84,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall seconds of the repetitions of a case, in the order they ran."""
+    """The repetitions of a case, in the order they ran.
+
+    Attributes:
+        name: as reported.
+        seconds: wall time.
+        work: units of work of one run.
+        unit: what they are.
+        cpu: seconds of all the process' threads; empty where they were not counted.
+    """
 
     name: str
     seconds: tuple[float, ...]
     work: float | None = None
     unit: str = ""
+    cpu: tuple[float, ...] = ()
+
+    @property
+    def on_cpu(self) -> "Timing":
+        """The same repetitions by their CPU seconds, which other processes hardly change."""
+        return Timing(f"{self.name}, CPU", self.cpu, self.work, self.unit)
 
     @property
     def median(self) -> float:
@@ -173,6 +189,7 @@ def interleave(cases: Sequence[Case], repetitions: int, seed: int) -> dict[str, 
     order = [case for case in cases for _ in range(repetitions)]
     random.Random(seed).shuffle(order)
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    cpu: dict[str, list[float]] = {case.name: [] for case in cases}
     # What exists by now need not be gone through before each run.
     gc.collect()
     gc.freeze()
@@ -181,15 +198,18 @@ def interleave(cases: Sequence[Case], repetitions: int, seed: int) -> dict[str, 
             case.prepare()
         gc.collect()
         try:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             case.run()
             seconds[case.name].append(time.perf_counter() - started)
+            cpu[case.name].append(time.process_time() - used)
         finally:
             if case.finish is not None:
                 case.finish()
     gc.unfreeze()
     return {
-        case.name: Timing(case.name, tuple(seconds[case.name]), case.work, case.unit)
+        case.name: Timing(
+            case.name, tuple(seconds[case.name]), case.work, case.unit, tuple(cpu[case.name])
+        )
         for case in cases
     }
 

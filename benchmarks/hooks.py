@@ -29,6 +29,8 @@ _SINK = "neurons, into segment buffers"
 def run(size: int, options: Options | None = None) -> Result:
     """Time hooked passes of the presets against the bare model's."""
     options = options or Options()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     if size == 1:
         studies = [("tiny", random_model("tiny"), 4, 64, 3)]
     else:
@@ -43,14 +45,18 @@ def run(size: int, options: Options | None = None) -> Result:
         found = _measure(loaded, sequences, width, repetitions, options)
         tokens = sequences * width
         named = {
-            case: Timing(f"{name}: {case}", timing.seconds, tokens, "tokens")
+            case: Timing(f"{name}: {case}", timing.seconds, tokens, "tokens", timing.cpu)
             for case, timing in found.items()
         }
         timings += named.values()
         for case, timing in named.items():
             if case != "bare":
                 aim = 1.05 if case == "neurons" else None
-                ratios.append(compare(f"{name}: {case} over bare", timing, named["bare"], aim=aim))
+                bare = named["bare"]
+                ratios += [
+                    compare(f"{name}: {case} over bare", timing, bare, aim=aim),
+                    compare(f"{name}: {case} over bare, CPU", timing.on_cpu, bare.on_cpu, aim=aim),
+                ]
     return Result(
         "hooks",
         size,
@@ -85,6 +91,8 @@ def _measure(
 
         def enter() -> None:
             capture.append(exits.enter_context(Capture(loaded, parse_locations(preset))))
+            # Entering checks the model, which leaves the allocator in another state.
+            stream()
 
         def leave() -> None:
             capture.clear()
@@ -99,19 +107,14 @@ def _measure(
 
         return Case(_SINK if sink is None else preset, stream, enter, leave)
 
-    cases = [Case("bare", lambda: bare_forward(loaded, ids))]
+    def bare() -> None:
+        bare_forward(loaded, ids)
+
+    cases = [Case("bare", bare, bare)]
     cases += [streaming(preset, dropped) for preset in ("neurons", "attention", "full")]
     cases.append(streaming("neurons", None))
     with exits:
-        _warm_up(cases)
         return interleave(cases, repetitions, options.seed)
-
-
-def _warm_up(cases: list[Case]) -> None:
-    for case in cases:
-        for step in (case.prepare, case.run, case.finish):
-            if step is not None:
-                step()
 
 
 def _specs(loaded: LoadedModel, plan: SegmentPlan) -> tuple[ArraySpec, ...]:

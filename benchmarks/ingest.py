@@ -35,6 +35,8 @@ _PHASES = {
 def run(size: int, options: Options | None = None) -> Result:
     """Ingest the standard library's source with the shipped model."""
     options = options or Options()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     if size == 1:
         loaded, model = random_model("tiny"), "tiny random model"
         tokens, segment_rows, repetitions = 2048, 512, 1
@@ -94,6 +96,7 @@ def run(size: int, options: Options | None = None) -> Result:
         tuple(timings.values()),
         (
             compare("end to end over bare forward", end, bare),
+            compare("end to end over bare forward, CPU", end.on_cpu, bare.on_cpu),
             compare("segments over bare forward", timings["phase: segments"], bare),
         ),
         {

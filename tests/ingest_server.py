@@ -163,9 +163,9 @@ class IngestServer:
         """An ingest from beginning to end."""
         return self.wait(self.start(store, **choices))
 
-    def mount(self, folder: Path, size: str) -> str | None:
-        """Mount a small file system where the server sees it; returns why it could not."""
-        error: str | None = self._ask({"mount": [str(folder), size]})["error"]
+    def mount(self, folder: Path, options: str) -> str | None:
+        """Mount or remount a tmpfs where the server sees it; returns why it could not."""
+        error: str | None = self._ask({"mount": [str(folder), options]})["error"]
         return error
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -222,8 +222,8 @@ def _serve(folder: Path) -> None:
             answer = json.loads(path.read_text()) if path.exists() else {}
             answer["status"] = os.waitstatus_to_exitcode(status)
         elif "mount" in request:
-            target, size = request["mount"]
-            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", target]
+            target, options = request["mount"]
+            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", target]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             answer = {"error": done.stderr.strip() if done.returncode else None}
         print(json.dumps(answer), flush=True)

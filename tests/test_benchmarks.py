@@ -53,11 +53,16 @@ EXPECTED = {
     }
     | {"scan of all neurons over top-20 of all, warm"},
     "hooks": {
-        f"tiny: {case} over bare"
+        f"tiny: {case} over bare{clock}"
         for case in ("neurons", "attention", "full", "neurons, into segment buffers")
+        for clock in ("", ", CPU")
     },
     "memory": {"2,048 tokens: ingest over allowed", "ingest, larger corpus over smaller"},
-    "ingest": {"end to end over bare forward", "segments over bare forward"},
+    "ingest": {
+        "end to end over bare forward",
+        "end to end over bare forward, CPU",
+        "segments over bare forward",
+    },
 }
 
 

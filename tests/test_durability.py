@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 from ingest_server import Incident, IngestServer, Moment, Outcome, wait_for
-from tiny_ingest import differences, file_bytes, snapshot_rows
+from tiny_ingest import CORPUS, differences, file_bytes, snapshot_rows
 
+import actstore
 from actstore.store.blobs import TEMPORARY_MARK
 from actstore.store.errors import ErrorKind, NotAStore, StoreDamaged, Unavailable
 from actstore.store.reader import StoreReader
@@ -30,7 +31,7 @@ from actstore.store.zones import describe_segment
 
 KILLS = 20
 SEED = 20240711
-DISK_BYTES = 24 * 2**20
+DISK_BYTES = 64 * 2**20
 MOMENTS: tuple[Moment, ...] = ("before", "written", "linked")
 
 
@@ -468,7 +469,7 @@ class SmallDisk:
 def small_disk(server: IngestServer, tmp_path_factory: pytest.TempPathFactory) -> SmallDisk:
     """A tmpfs, mounted as root where that is allowed, else in a user namespace."""
     place = tmp_path_factory.mktemp("small-disk")
-    refusal = server.mount(place, str(DISK_BYTES))
+    refusal = server.mount(place, f"size={DISK_BYTES}")
     if refusal is not None:
         pytest.fail(
             "A full disk cannot be tested here, since neither root nor a user namespace may "
@@ -535,3 +536,72 @@ def test_write_error_stops_the_ingest_and_it_resumes(
     require_sound(store, f"a write error at {files}")
     require_success(server.run(store))
     require_equal(store, undisturbed, f"a write error at {files}")
+
+
+def test_read_only_disk_is_refused_for_writing_and_read(
+    empty_disk: SmallDisk, undisturbed: Undisturbed
+) -> None:
+    server = empty_disk.server
+    require_success(server.run(empty_disk.place / "store"))
+    before = file_bytes(empty_disk.view / "store")
+    assert server.mount(empty_disk.place, "remount,ro") is None
+    try:
+        outcome = server.run(empty_disk.place / "other")
+        assert (outcome.status, outcome.error) == (1, "WriteFailed"), outcome.message
+        assert outcome.kind == ErrorKind.READ_ONLY, outcome.message
+        assert "choose another path" in outcome.message
+        assert verify_store(empty_disk.view / "store").ok
+        with (
+            actstore.open(empty_disk.view / "store") as store,
+            actstore.open(undisturbed.path) as s,
+        ):
+            assert store.topk("mlp_post_act", k=9).rows() == s.topk("mlp_post_act", k=9).rows()
+    finally:
+        assert server.mount(empty_disk.place, "remount,rw") is None
+    assert file_bytes(empty_disk.view / "store") == before
+
+
+# The command line
+
+
+def command(out: Path) -> tuple[str, ...]:
+    return ("ingest", "demo", str(CORPUS), "--out", str(out), "--limit-tokens", "600")
+
+
+def test_command_line_ends_with_a_code_and_a_message_and_resumes(
+    empty_disk: SmallDisk, server: IngestServer, tmp_path: Path
+) -> None:
+    on_disk = empty_disk.place / "store"
+    full = Incident("fill", "before", "zones/*", 1, str(empty_disk.place / "filler"))
+    limited = Incident("limit", "before", "arrays/mlp_post_act/forward/c.*")
+    for out, view, incident, words in (
+        (on_disk, empty_disk.view / "store", full, "the disk is full; make room"),
+        (tmp_path / "store", tmp_path / "store", limited, "check the disk"),
+    ):
+        order: dict[str, Any] = {"arguments": command(out)}
+        stopped = server.run(out, incidents=(incident,), **order)
+        printed = " ".join(stopped.output.split())
+        assert stopped.status == 1, printed
+        assert f"{words}, then run ingest again" in printed
+        assert "Traceback" not in printed
+        require_sound(view, words)
+        (empty_disk.view / "filler").unlink(missing_ok=True)
+        resumed = server.run(out, **order)
+        assert resumed.status == 0, resumed.output
+        assert verify_store(view).ok
+        again = server.run(out, **order)
+        assert again.status == 0, again.output
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_command_line_resumes_after_a_kill(
+    server: IngestServer, tmp_path: Path, moment: Moment
+) -> None:
+    out = tmp_path / "store"
+    kill = Incident("kill", moment, "arrays/resid_post_mlp/forward/c.*")
+    assert server.run(out, incidents=(kill,), arguments=command(out)).was_killed
+    resumed = server.run(out, arguments=command(out))
+    assert resumed.status == 0, resumed.output
+    assert verify_store(out).ok
+    with actstore.open(out) as store:
+        assert store.info().is_complete
