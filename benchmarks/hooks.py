@@ -37,7 +37,7 @@ def run(size: int, options: Options | None = None) -> Result:
         demo, name = demo_model()
         studies = [
             (name, demo, 16, 256, 11),
-            ("GPT-2 small's shape, random", random_model("gpt2-small"), 1, 256, 7),
+            ("GPT-2 small's shape, random", random_model("gpt2-small"), 1, 256, 11),
         ]
     timings: list[Timing] = []
     ratios: list[Ratio] = []

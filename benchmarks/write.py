@@ -34,7 +34,7 @@ def run(size: int, options: Options | None = None) -> Result:
     """Time one segment of the default preset's arrays, ``size`` layers of them."""
     options = options or Options()
     rows = 2048 if size == 1 else 16384
-    repetitions = 2 if size == 1 else 7
+    repetitions = 2 if size == 1 else 11
     specs = tuple(
         ArraySpec(location, PassType.FORWARD, size, (width,), StoredDtype.FLOAT16, rows)
         for location, width in (

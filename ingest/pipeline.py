@@ -4,14 +4,13 @@ import platform
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 from crc32c import crc32c
 
 from actstore.ingest.capture import Capture
-from actstore.ingest.estimate import require_space
 from actstore.ingest.model import LoadedModel
 from actstore.ingest.preparation import Corpus, PlannedIngest, plan_ingest
 from actstore.ingest.report import IngestReport
@@ -20,7 +19,7 @@ from actstore.ingest.settings import IngestSettings, Progress
 from actstore.ingest.snapshot import snapshot_files
 from actstore.ingest.writer import NumericOverflow, SegmentWriter
 from actstore.store.blobs import LocalBlobs, Part
-from actstore.store.commits import CommitRecord, commit_path, lock_segment
+from actstore.store.commits import CommitRecord, commit_path, lock_segment, read_commits
 from actstore.store.errors import ErrorKind, StoreConflict
 from actstore.store.manifest import (
     MANIFEST,
@@ -66,13 +65,7 @@ def ingest(
     started = time.monotonic()
     planned = plan_ingest(loaded, corpus, out, settings, progress)
     blobs = planned.blobs
-    blobs.sweep()
     if planned.remaining:
-        try:
-            require_space(planned.bytes_remaining, blobs.root, settings.max_bytes)
-        except Exception:
-            _withdraw(planned)
-            raise
         _publish_store(planned)
     written: list[CommitRecord] = []
     interrupted = False
@@ -84,13 +77,13 @@ def ingest(
     except NumericOverflow as error:
         raise error.with_command(loaded.name, str(out)) from error
     forward_seconds = time.monotonic() - forward_started
-    reader = StoreReader(blobs.root)
     errors: Mapping[str, float] = {}
-    if not interrupted and reader.segments:
-        compact(reader)
-        errors = check_store(reader, loaded)
+    with closing(StoreReader(blobs.root)) as reader:
+        if not interrupted and reader.segments:
+            compact(reader)
+            errors = check_store(reader, loaded)
     rows = sum(record.rows for record in written)
-    commits = reader.commits.get(settings.set_name, {})
+    commits = read_commits(blobs, settings.set_name)
     stored = sum(record.rows for record in commits.values())
     return IngestReport(
         path=str(out),
@@ -125,7 +118,8 @@ def _write_segments(
     def committed(record: CommitRecord) -> None:
         written.append(record)
         if len(written) % _COMPACT_EVERY == 0:
-            compact(StoreReader(blobs.root))
+            with closing(StoreReader(blobs.root)) as reader:
+                compact(reader)
 
     if not planned.remaining:
         return
@@ -201,15 +195,3 @@ def _publish_same(blobs: LocalBlobs, key: str, parts: Iterable[Part]) -> FileEnt
             kind=ErrorKind.CONFIG_CONFLICT,
         )
     return entry
-
-
-def _withdraw(planned: PlannedIngest) -> None:
-    """Take back the plan of an ingest that was refused, record first."""
-    created = planned.outcome.created
-    if created is not None:
-        for path in [created.record_path, *(entry.path for entry in created.files)]:
-            planned.blobs.delete(path)
-        folder = planned.blobs.path(created.record_path).parent
-        for directory in (folder, folder.parent, planned.blobs.root):
-            if directory.is_dir() and not any(directory.iterdir()):
-                directory.rmdir()

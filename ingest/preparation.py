@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 from actstore.ingest.corpus import open_corpus
-from actstore.ingest.estimate import array_bytes, zone_bytes
+from actstore.ingest.estimate import array_bytes, require_space, zone_bytes
 from actstore.ingest.model import LoadedModel
 from actstore.ingest.probe import array_specs, choose_dtypes
 from actstore.ingest.settings import IngestSettings, Progress, segment_rows_for
@@ -28,6 +29,7 @@ from actstore.store.manifest import (
     replaced_arrays,
 )
 from actstore.store.plan import Plan, PlanConfig, load_plans
+from actstore.store.plan_publication import Approval
 from actstore.store.planning import PlanOutcome, build_plan
 
 if TYPE_CHECKING:
@@ -77,12 +79,6 @@ class PlannedIngest:
     is_new: bool
     remaining: dict[int, int] = field(default_factory=dict)
 
-    @property
-    def bytes_remaining(self) -> int:
-        """Bytes of the shards and zone files still to be written."""
-        rows = list(self.remaining.values())
-        return sum(array_bytes(spec, rows) + zone_bytes(spec, rows) for spec in self.arrays)
-
 
 def plan_ingest(
     loaded: LoadedModel,
@@ -93,9 +89,13 @@ def plan_ingest(
 ) -> PlannedIngest:
     """Decide everything that an ingest needs; writes the plan and nothing else.
 
+    What dead writers left is swept first. A plan is published only when there is room for
+    what it asks for, so a refused ingest takes nothing from workers that share its plan.
+
     Raises:
         StoreConflict: the path holds a store of another model, config or corpus.
         InvalidInput: the corpus or a setting cannot be used.
+        IngestStopped: what remains to be written does not fit.
     """
     blobs = LocalBlobs(out)
     existing = read_manifest(blobs) if blobs.exists(MANIFEST) else None
@@ -112,28 +112,65 @@ def plan_ingest(
     if existing is not None:
         existing.require_same(manifest, out)
         manifest = existing
+    blobs.sweep()
+    works: list[_Work] = []
+
+    def decide(plans: Sequence[Plan]) -> None:
+        works.append(_work(loaded, settings, blobs, plans))
+        if works[-1].remaining:
+            require_space(works[-1].size, blobs.root, settings.max_bytes)
+
     plans = load_plans(blobs.root)
-    outcome = _planned_corpus(loaded, corpus, settings, blobs, config, plans, progress)
-    sets = read_sets(blobs, config.segment_rows)
-    set_record = _set_record(loaded, settings, blobs, outcome.plans[0], sets)
-    replaced = replaced_arrays(sets)
-    committed = read_commits(blobs, set_record.name)
-    remaining = {
-        number: int(rows)
-        for plan in outcome.plans
-        for number, rows in enumerate(plan.filled_rows(), plan.first_segment)
-        if number not in committed
-    }
+    outcome = _planned_corpus(
+        loaded, corpus, settings, blobs, config, plans, progress, lambda new: decide([*plans, new])
+    )
+    if outcome.created is None:
+        decide(outcome.plans)
+    work = works[-1]
     return PlannedIngest(
         loaded=loaded,
         settings=settings,
         blobs=blobs,
         manifest=manifest,
         outcome=outcome,
+        set_record=work.set_record,
+        arrays=work.arrays,
+        is_new=existing is None,
+        remaining=work.remaining,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What some plans ask for: the arrays of the set, over segments not committed."""
+
+    set_record: SetRecord
+    arrays: tuple[ArraySpec, ...]
+    remaining: dict[int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the shards and zone files still to be written."""
+        rows = list(self.remaining.values())
+        return sum(array_bytes(spec, rows) + zone_bytes(spec, rows) for spec in self.arrays)
+
+
+def _work(
+    loaded: LoadedModel, settings: IngestSettings, blobs: LocalBlobs, plans: Sequence[Plan]
+) -> _Work:
+    sets = read_sets(blobs, plans[0].config.segment_rows)
+    set_record = _set_record(loaded, settings, blobs, plans[0], sets)
+    replaced = replaced_arrays(sets)
+    committed = read_commits(blobs, set_record.name)
+    return _Work(
         set_record=set_record,
         arrays=tuple(spec for spec in set_record.arrays if spec.key not in replaced),
-        is_new=existing is None,
-        remaining=remaining,
+        remaining={
+            number: int(rows)
+            for plan in plans
+            for number, rows in enumerate(plan.filled_rows(), plan.first_segment)
+            if number not in committed
+        },
     )
 
 
@@ -199,6 +236,7 @@ def _planned_corpus(
     config: PlanConfig,
     plans: list[Plan],
     progress: Progress | None,
+    approve: Approval,
 ) -> PlanOutcome:
     """The plans of the corpus; a further set may leave the corpus to the store's own plans."""
     if corpus.source is None and plans and settings.set_name != "base":
@@ -218,7 +256,13 @@ def _planned_corpus(
         vocabulary_size=config.vocabulary_size,
     )
     return build_plan(
-        blobs, config, documents, plans, append=settings.append, progress=_planning(progress)
+        blobs,
+        config,
+        documents,
+        plans,
+        append=settings.append,
+        progress=_planning(progress),
+        approve=approve,
     )
 
 

@@ -4,9 +4,12 @@ Nothing here touches the model's modules: every location is computed in float64 
 weights as the store reads them, one sequence length at a time and without padding. What
 hooks, batching, padding, casts and the weight table could get wrong shows as a
 difference. Formulas: spec/derived_scalars.md a.5 (GPT-2 pre-norm blocks).
+
+In float64 all locations of one long sequence are gigabytes, so they are handed on one by
+one; no more than one layer of them is held here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 
@@ -15,15 +18,16 @@ from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.model.weights import ModelWeights
 from actstore.store.vocabulary import ActivationLocationType, WeightLocationType
 
-__all__ = ["independent_forward"]
+__all__ = ["Sink", "independent_forward", "stream_independent_forward"]
 
-_Found = dict[ActivationLocationType, list[torch.Tensor]]
+Sink = Callable[[ActivationLocationType, int | None, torch.Tensor], None]
+"""Takes a location, its layer (None outside the blocks) and (batch, token, unit …)."""
 
 
 def independent_forward(
     loaded: LoadedModel, input_ids: torch.Tensor, *, dtype: torch.dtype = torch.float64
-) -> _Found:
-    """Compute every location of a batch of equally long sequences.
+) -> dict[ActivationLocationType, list[torch.Tensor]]:
+    """Compute every location of a batch of equally long sequences, and keep them all.
 
     Args:
         loaded: the model; only its weights and sizes are used.
@@ -33,6 +37,37 @@ def independent_forward(
     Returns:
         Location -> one tensor per layer (one in all for a location without layers), each
         (batch, token, unit …), as ``Capture.run``.
+
+    Raises:
+        InvalidInput: the sequences are longer than the model's context.
+    """
+    found: dict[ActivationLocationType, list[torch.Tensor]] = {
+        location: [] for location in loaded.architecture.taps
+    }
+
+    def keep(location: ActivationLocationType, _: int | None, tensor: torch.Tensor) -> None:
+        found[location].append(tensor)
+
+    stream_independent_forward(loaded, input_ids, keep, locations=found, dtype=dtype)
+    return found
+
+
+def stream_independent_forward(
+    loaded: LoadedModel,
+    input_ids: torch.Tensor,
+    sink: Sink,
+    *,
+    locations: Container[ActivationLocationType],
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Compute locations of a batch of equally long sequences and hand each on at once.
+
+    Args:
+        loaded: the model; only its weights and sizes are used.
+        input_ids: int64 (batch, token), no padding.
+        sink: takes each tensor, in the order of the forward pass.
+        locations: those that the sink is given.
+        dtype: what to compute in.
 
     Raises:
         InvalidInput: the sequences are longer than the model's context.
@@ -47,22 +82,26 @@ def independent_forward(
         )
     read = _Reader(loaded.weights(), loaded.device, dtype)
     ids = input_ids.to(loaded.device)
-    found: _Found = {location: [] for location in loaded.architecture.taps}
+
+    def give(location: ActivationLocationType, layer: int | None, tensor: torch.Tensor) -> None:
+        if location in locations:
+            sink(location, layer, tensor)
+
     stream = read(WeightLocationType.EMBEDDING)[ids]
     stream = stream + read(WeightLocationType.POSITION_EMBEDDING)[:tokens]
-    found[ActivationLocationType.RESID_POST_EMBEDDING].append(stream)
+    give(ActivationLocationType.RESID_POST_EMBEDDING, None, stream)
     for layer in range(dimensions.n_layers):
-        stream = _attention(loaded, read, layer, stream, found)
-        stream = _mlp(loaded, read, layer, stream, found)
+        stream = _attention(loaded, read, layer, stream, give)
+        stream = _mlp(loaded, read, layer, stream, give)
     normed, scale = _norm(
         stream,
         read(WeightLocationType.LAYER_NORM_GAIN_FINAL),
         read(WeightLocationType.LAYER_NORM_BIAS_FINAL),
         dimensions.layer_norm_epsilon,
     )
-    found[ActivationLocationType.RESID_FINAL_LAYER_NORM_SCALE].append(scale)
-    found[ActivationLocationType.LOGITS].append(normed @ read(WeightLocationType.UNEMBEDDING))
-    return found
+    give(ActivationLocationType.RESID_FINAL_LAYER_NORM_SCALE, None, scale)
+    if ActivationLocationType.LOGITS in locations:
+        sink(ActivationLocationType.LOGITS, None, normed @ read(WeightLocationType.UNEMBEDDING))
 
 
 class _Reader:
@@ -83,7 +122,7 @@ class _Reader:
 
 
 def _attention(
-    loaded: LoadedModel, read: _Reader, layer: int, stream: torch.Tensor, found: _Found
+    loaded: LoadedModel, read: _Reader, layer: int, stream: torch.Tensor, give: Sink
 ) -> torch.Tensor:
     location, weight = ActivationLocationType, WeightLocationType
     normed, scale = _norm(
@@ -100,33 +139,39 @@ def _attention(
             (weight.ATTN_TO_VALUE, location.ATTN_VALUE),
         )
     )
-    scores = torch.einsum("bthc,buhc->bthu", query, key)
-    scores = scores * loaded.dimensions.attention_scaling(layer)
-    tokens = torch.arange(stream.shape[1], device=stream.device)
-    later = tokens[None, :] > tokens[:, None]
-    scores = scores.masked_fill(later[:, None, :], -torch.inf)
-    pattern = torch.softmax(scores, dim=-1)
-    weighted = torch.einsum("bthu,buhc->bthc", pattern, value)
-    delta = torch.einsum("bthc,hcd->btd", weighted, read(weight.ATTN_TO_RESIDUAL, layer))
-    delta = delta + read(weight.ATTN_OUTPUT_BIAS, layer)
-    after = stream + delta
     for place, tensor in (
         (location.ATTN_INPUT_LAYER_NORM_SCALE, scale),
         (location.ATTN_QUERY, query),
         (location.ATTN_KEY, key),
         (location.ATTN_VALUE, value),
-        (location.ATTN_QK_LOGITS, scores),
-        (location.ATTN_QK_PROBS, pattern),
+    ):
+        give(place, layer, tensor)
+    # In place: scores grow with the square of the tokens, and every copy of them counts.
+    scores = torch.einsum("bthc,buhc->bthu", query, key)
+    scores *= loaded.dimensions.attention_scaling(layer)
+    tokens = torch.arange(stream.shape[1], device=stream.device)
+    later = tokens[None, :] > tokens[:, None]
+    scores.masked_fill_(later[:, None, :], -torch.inf)
+    give(location.ATTN_QK_LOGITS, layer, scores)
+    pattern = torch.softmax(scores, dim=-1)
+    del scores
+    give(location.ATTN_QK_PROBS, layer, pattern)
+    weighted = torch.einsum("bthu,buhc->bthc", pattern, value)
+    del pattern
+    delta = torch.einsum("bthc,hcd->btd", weighted, read(weight.ATTN_TO_RESIDUAL, layer))
+    delta = delta + read(weight.ATTN_OUTPUT_BIAS, layer)
+    after = stream + delta
+    for place, tensor in (
         (location.ATTN_WEIGHTED_SUM_OF_VALUES, weighted),
         (location.RESID_DELTA_ATTN, delta),
         (location.RESID_POST_ATTN, after),
     ):
-        found[place].append(tensor)
+        give(place, layer, tensor)
     return after
 
 
 def _mlp(
-    loaded: LoadedModel, read: _Reader, layer: int, stream: torch.Tensor, found: _Found
+    loaded: LoadedModel, read: _Reader, layer: int, stream: torch.Tensor, give: Sink
 ) -> torch.Tensor:
     location, weight = ActivationLocationType, WeightLocationType
     normed, scale = _norm(
@@ -146,7 +191,7 @@ def _mlp(
         (location.RESID_DELTA_MLP, delta),
         (location.RESID_POST_MLP, after),
     ):
-        found[place].append(tensor)
+        give(place, layer, tensor)
     return after
 
 

@@ -180,7 +180,8 @@ class SegmentWriter:
     """Publishes segments in a thread, while the next one is captured.
 
     At most two segments are in memory: the one that is filled and the one that is
-    written. An error of the thread stops the run at its next step.
+    written. An error of the thread stops the run at its next step: what is handed over after
+    it is dropped, and every later call raises it again.
 
     Args:
         blobs: the store.
@@ -213,11 +214,19 @@ class SegmentWriter:
             WriteFailed: the thread could not write an earlier segment.
         """
         self._room.acquire()
-        self._raise()
-        return SegmentAssembly(self._arrays, plan)
+        try:
+            self._raise()
+            return SegmentAssembly(self._arrays, plan)
+        except BaseException:
+            self._room.release()
+            raise
 
     def submit(self, plan_hash: str, assembly: SegmentAssembly, done: Callable[[], None]) -> None:
-        """Hand over a filled segment; ``done`` is called when the thread is through with it."""
+        """Hand over a filled segment; ``done`` is called when the thread is through with it.
+
+        Raises:
+            WriteFailed: the thread could not write an earlier segment.
+        """
         self._jobs.put(_Job(plan_hash, assembly, done))
         self._raise()
 
@@ -233,23 +242,26 @@ class SegmentWriter:
 
     def _raise(self) -> None:
         if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+            raise self._error
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if self._error is None:
-                try:
-                    record = publish_segment(
-                        self._blobs,
-                        self._set,
-                        job.plan_hash,
-                        job.assembly.plan,
-                        job.assembly.buffers,
-                    )
-                    self._on_commit(record)
-                except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                    self._error = error
-            job.done()
+            try:
+                self._commit(job)
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                self._error = self._error or error
+            try:
+                job.done()
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                self._error = self._error or error
             del job
+            # Whatever happened: the caller may be waiting, and learns of it by going on.
             self._room.release()
+
+    def _commit(self, job: _Job) -> None:
+        if self._error is not None:
+            return
+        record = publish_segment(
+            self._blobs, self._set, job.plan_hash, job.assembly.plan, job.assembly.buffers
+        )
+        self._on_commit(record)

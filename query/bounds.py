@@ -23,7 +23,6 @@ def derived_value(
 def score_bounds(
     maximum: npt.NDArray[np.float32],
     minimum: npt.NDArray[np.float32],
-    empty: npt.NDArray[np.bool_],
     coefficient: npt.NDArray[np.float64],
     largest: bool,
 ) -> npt.NDArray[np.float32]:
@@ -32,7 +31,6 @@ def score_bounds(
     Args:
         maximum: raw maxima ``(unit, zone)``.
         minimum: raw minima ``(unit, zone)``.
-        empty: zones without a usable row; they get minus infinity.
         coefficient: ``(unit,)`` float64.
         largest: which end is asked for.
 
@@ -46,5 +44,4 @@ def score_bounds(
     score = value if largest else -value
     # 0 * infinity is NaN and never ranks; what else the zone holds is 0.
     score = np.where(c == 0, np.float32(0), score)
-    score = np.where(np.isnan(score), np.float32(np.inf), score)
-    return np.where(empty, np.float32(-np.inf), score).astype(np.float32)
+    return np.where(np.isnan(score), np.float32(np.inf), score).astype(np.float32)

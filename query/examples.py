@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from actstore.query.bounds import derived_value
 from actstore.query.derived import DerivedScalar, scalar
+from actstore.query.planner import scaled_array
 from actstore.query.results import Certificate
 from actstore.query.selection import RowSelection
-from actstore.query.topk import scaled_array, topk
+from actstore.query.topk import allowed_rows, require_distinct, topk
 from actstore.store.errors import ErrorKind, InvalidInput
 
 if TYPE_CHECKING:
@@ -125,6 +126,18 @@ def examples(
         Unavailable: the store cannot derive the scalar.
     """
     declared = scalar(name)
+    store.require_committed()
+    require_distinct(distinct)
+    if not all(isinstance(index, int | np.integer) for index in _sequence(unit)):
+        raise InvalidInput(
+            f"unit is {unit!r}; give integers, such as (3, 712) for layer 3, neuron 712.",
+            kind=ErrorKind.UNKNOWN_UNIT,
+        )
+    if len(_sequence(window)) != 2 or not all(isinstance(n, int) for n in _sequence(window)):
+        raise InvalidInput(
+            f"window is {window!r}; give (tokens before, tokens after).",
+            kind=ErrorKind.INVALID_ARGUMENT,
+        )
     layer, *indices = unit if declared.has_layers else (0, *unit)
     shape = store.unit_shape(declared)
     if len(indices) != len(shape) or not all(
@@ -191,6 +204,11 @@ def examples(
     return Examples(tuple(unit), kind, rows, certificate)
 
 
+def _sequence(value: object) -> Sequence[Any]:
+    """``value`` if it is a sequence; else one that no check accepts."""
+    return value if isinstance(value, Sequence) else (value,)
+
+
 def unit_values(
     store: "Store",
     declared: DerivedScalar,
@@ -201,7 +219,7 @@ def unit_values(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Every allowed value of one unit that is not NaN, with its row, by row."""
     reader = store.reader
-    rows = RowSelection(reader, None if where is None else store.rows_where(where), special)
+    rows = RowSelection(reader, allowed_rows(store, where), special)
     source = scaled_array(store, declared)
     values: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)]
     tokens: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
@@ -243,12 +261,13 @@ def _quantiles(
     distinct: str | None,
 ) -> tuple[npt.NDArray[np.int64], list[float]]:
     """The middle row of each of k equal shares; with ``distinct``, the next fresh one."""
+    k = min(k, len(token))
     order = np.lexsort((token, -(value + np.float32(0))))
     ranked = token[order]
     groups = ranked if distinct is None else _labels(store, ranked, distinct)
     used: set[int] = set()
     chosen: list[int] = []
-    for share in range(min(k, len(ranked))):
+    for share in range(k):
         start = (2 * share + 1) * len(ranked) // (2 * k)
         stop = (share + 1) * len(ranked) // k
         for place in [*range(start, stop), *range(start - 1, share * len(ranked) // k - 1, -1)]:

@@ -132,7 +132,7 @@ def _describe(
         retention=retention.get(location.label, "none") if array is None or forward else "raw",
         bytes=size,
         segments=len(array.segments) if array is not None else 0,
-        measured_error=sources.errors.get(location.label) if forward else None,
+        measured_error=sources.errors.get(array.spec.key) if array is not None else None,
     )
 
 

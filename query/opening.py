@@ -16,7 +16,7 @@ from actstore.query.derived import UNIT_ARGUMENTS, DerivedScalar
 from actstore.query.derived.evaluation import evaluate
 from actstore.query.rows import RowMap
 from actstore.query.sources import Sources
-from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
 from actstore.store.index import UnitIndex, open_unit_index
 from actstore.store.reader import StoredArray, StoreReader
 
@@ -72,6 +72,29 @@ class OpenStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def require_committed(self) -> None:
+        """Refuse to answer from nothing.
+
+        Raises:
+            Unavailable: no segment is committed yet.
+        """
+        if not self.reader.segments:
+            raise Unavailable(
+                f"{self.path} has no committed segment yet. Run the same `actstore ingest` again.",
+                kind=ErrorKind.NOTHING_COMMITTED,
+            )
+
+    @cached_property
+    def special_count(self) -> int:
+        """Special rows of the committed segments."""
+        total = sum(record.rows for record in self.reader.commits["base"].values())
+        for array in self.reader.arrays.values():
+            if array.spec.has_zones and array.segments == self.reader.segments:
+                # Every ordinary row is a value or a NaN of any unit; one read, however many rows.
+                statistics = self.unit_index(array).statistics(0)
+                return total - int(statistics.count[0]) - int(statistics.nan[0])
+        return sum(int(self.reader.segment(s).special.sum()) for s in self.reader.segments)
 
     @property
     def n_layers(self) -> int:

@@ -10,7 +10,7 @@ part of a unit's list ranks after its last proven entry.
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +29,7 @@ from actstore.store.reader import StoredArray
 if TYPE_CHECKING:
     from actstore.store.unit_lists import Tail
 
-__all__ = ["Effort", "ScaledArray", "search_bounds", "search_lists", "search_scan"]
+__all__ = ["Effort", "ScaledArray", "Window", "search_bounds", "search_lists", "search_windows"]
 
 _KEPT_BLOCKS = 64
 
@@ -68,7 +68,9 @@ def search_lists(
         is the answer.
     """
     dtype = source.array.spec.dtype
-    ends: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
+    ends: list[
+        tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.bool_]]
+    ] = []
     for layer in units.layers:
         chosen = units.of(layer)
         if not len(chosen):
@@ -76,12 +78,15 @@ def search_lists(
         c = source.coefficients(layer)[chosen]
         upward = (c >= 0) == ranking.largest
         end = np.full(len(chosen), np.inf, np.float32)
+        complete = np.zeros(len(chosen), bool)
         tails: tuple[tuple[Tail, npt.NDArray[np.bool_]], ...] = (("top", upward), ("low", ~upward))
         for tail, members in tails:
             picked = np.flatnonzero(members)
             if not len(picked):
                 continue
             lists = source.index.layer_lists(layer, tail, chosen[picked])
+            if not lists.keys.shape[1]:
+                continue
             value = derived_value(key_values(lists.keys, dtype), c[picked, None])
             # Entries beyond the proven depth are values of the unit all the same.
             exists = lists.rows >= 0
@@ -99,13 +104,13 @@ def search_lists(
             last_value = value[np.arange(len(picked)), last]
             score = last_value if ranking.largest else -last_value
             score = np.where(c[picked] == 0, np.float32(0), score)
-            score = np.where(np.isnan(score) | (lists.proven == 0), np.float32(np.inf), score)
+            end[picked] = np.where(np.isnan(score) | (lists.proven == 0), np.float32(np.inf), score)
             # A list that holds every value of its unit leaves nothing unseen.
-            end[picked] = np.where(lists.complete, np.float32(-np.inf), score)
-        ends.append((layer, chosen, end))
+            complete[picked] = lists.complete
+        ends.append((layer, chosen, end, complete))
     open_units = {}
-    for layer, chosen, end in ends:
-        still = (end >= ranking.threshold) & (end > -np.inf)
+    for layer, chosen, end, complete in ends:
+        still = (end >= ranking.threshold) & ~complete
         if rows.special or still.any():
             open_units[layer] = chosen if rows.special else chosen[still]
     return open_units
@@ -167,9 +172,16 @@ class _LayerSearch:
         self._bounds = source.index.segment_bounds(layer, units)
         indexed = set(self._bounds.segments)
         self._segments = [s for s in rows.segments(self._array.segments) if s in indexed]
-        self._pages = {s: rows.pages(s, self._array.rows_of(s)) for s in self._segments}
+        # Without a predicate a page's own zone says whether it holds an ordinary row.
+        restricted = self._segments if rows.rows is not None else []
+        self._pages = {s: rows.pages(s, self._array.rows_of(s)) for s in restricted}
         self._blocks: OrderedDict[tuple[int, int, int], npt.NDArray[np.float32]] = OrderedDict()
-        effort.pages_total += len(units) * sum(int(mask.sum()) for mask in self._pages.values())
+        effort.pages_total += len(units) * sum(
+            int(self._pages[s].sum())
+            if s in self._pages
+            else -(-self._array.rows_of(s) // PAGE_ROWS)
+            for s in self._segments
+        )
 
     def run(self) -> None:
         """Visit nodes by bound until none can enter the ranking."""
@@ -206,8 +218,10 @@ class _LayerSearch:
             tables.append((_Kind.SPECIAL_ROWS, bounds.special_maximum, bounds.special_minimum))
         nodes: list[_Node] = []
         for kind, maximum, minimum in tables:
-            score = self._score(maximum[:, columns], minimum[:, columns], self._coefficients)
-            position, column = np.nonzero((score >= self._ranking.threshold) & (score > -np.inf))
+            high, low = maximum[:, columns], minimum[:, columns]
+            score = self._score(high, low, self._coefficients)
+            # Empty is a property of the zone: minus infinity is a score like any other.
+            position, column = np.nonzero((score >= self._ranking.threshold) & (high >= low))
             nodes += map(
                 _Node,
                 (-score[position, column]).tolist(),
@@ -220,13 +234,15 @@ class _LayerSearch:
 
     def _page_nodes(self, node: _Node, unit: int) -> Iterator[_Node]:
         zones = self._array.zones(node.segment)
-        score = self._score(
-            zones.row("page_max", self._layer, unit)[None],
-            zones.row("page_min", self._layer, unit)[None],
-            self._coefficients[node.position : node.position + 1],
-        )[0]
-        filled = self._pages[node.segment]
-        for page in np.flatnonzero((score[: len(filled)] > -np.inf) & filled).tolist():
+        high = zones.row("page_max", self._layer, unit)
+        low = zones.row("page_min", self._layer, unit)
+        coefficient = self._coefficients[node.position : node.position + 1]
+        score = self._score(high[None], low[None], coefficient)[0]
+        filled = high >= low
+        if node.segment in self._pages:
+            allowed = self._pages[node.segment]
+            filled[: len(allowed)] &= allowed
+        for page in np.flatnonzero(filled).tolist():
             first = node.token + page * PAGE_ROWS
             if self._ranking.beats(float(score[page]), self._layer, first, unit):
                 yield _Node(-float(score[page]), first, node.position, _Kind.PAGE, node.segment)
@@ -272,43 +288,36 @@ class _LayerSearch:
         return score_bounds(
             key_values(np.where(empty, 0, maximum), dtype),
             key_values(np.where(empty, 0, minimum), dtype),
-            empty,
             coefficient,
             self._ranking.largest,
         )
 
 
-Window = tuple[int, int, npt.NDArray[np.float32]]
-"""Layer, first global row, and float32 values ``(row, unit)``."""
+Window = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]
+"""Layer, global rows that may answer, and their float32 values ``(row, unit)``."""
 
 
-def search_scan(
-    windows: Iterator[Window],
-    segment_rows: int,
-    units: UnitSelection,
-    rows: RowSelection,
-    ranking: Ranking,
+def search_windows(
+    windows: Iterator[Window], groups: Sequence[tuple[UnitSelection, Ranking]]
 ) -> int:
-    """Offer every value of a stream of windows; returns the cells looked at.
-
-    A window must not cross a segment.
-    """
+    """Offer every value of a stream of windows to every group; returns the values looked at."""
     cells = 0
-    for layer, first, values in windows:
-        chosen = units.of(layer)
-        segment, start = divmod(first, segment_rows)
-        allowed = rows.allowed(segment, start + len(values))[start:]
-        picked = values[np.ix_(np.flatnonzero(allowed), chosen)]
-        cells += picked.size
-        score = (picked if ranking.largest else -picked) + np.float32(0)
-        with np.errstate(invalid="ignore"):
-            row, column = np.nonzero(score >= np.float32(ranking.threshold))
-        ranking.offer(
-            Candidates(
-                picked[row, column],
-                np.full(len(row), layer, np.int64),
-                first + np.flatnonzero(allowed)[row],
-                chosen[column],
+    for layer, tokens, values in windows:
+        for units, ranking in groups:
+            if layer not in units.layers:
+                continue
+            chosen = units.of(layer)
+            picked = values[:, chosen]
+            cells += picked.size
+            score = (picked if ranking.largest else -picked) + np.float32(0)
+            with np.errstate(invalid="ignore"):
+                row, column = np.nonzero(score >= np.float32(ranking.threshold))
+            ranking.offer(
+                Candidates(
+                    picked[row, column],
+                    np.full(len(row), layer, np.int64),
+                    tokens[row],
+                    chosen[column],
+                )
             )
-        )
     return cells

@@ -1,5 +1,6 @@
 """Which rows and units a search may answer with."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,12 +66,27 @@ class RowSelection:
         """The committed segments that hold an allowed row."""
         if self.rows is None:
             return committed
-        present = np.unique(self.rows // self._store.segment_rows)
+        present = set(np.unique(self.rows // self._store.segment_rows).tolist())
         return [segment for segment in committed if segment in present]
 
-    def count(self, lengths: dict[int, int]) -> int:
-        """How many rows may answer."""
-        return sum(int(self.allowed(segment, rows).sum()) for segment, rows in lengths.items())
+    def tokens(self, committed: list[int]) -> Iterator[npt.NDArray[np.int64]]:
+        """The rows that may answer, a segment at a time, ascending."""
+        for segment in self.segments(committed):
+            length = self._store.commits["base"][segment].rows
+            first = segment * self._store.segment_rows
+            yield first + np.flatnonzero(self.allowed(segment, length))
+
+    def count(self, committed: list[int], ordinary: int) -> int:
+        """How many rows may answer.
+
+        Args:
+            committed: the committed segments.
+            ordinary: ordinary rows of all of them; saves looking where there is no predicate.
+        """
+        if self.rows is not None:
+            return sum(len(tokens) for tokens in self.tokens(committed))
+        total = sum(self._store.commits["base"][segment].rows for segment in committed)
+        return total if self.special else ordinary
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from actstore.query.opening import OpenStore
 from actstore.query.reading import TensorReader, choose_layers, torch_dtype
 from actstore.query.rows import Rows
 from actstore.query.tensors import DerivedScalarStore, LabelledTensor
-from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
+from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.vocabulary import PassType, parse_location
 
 if TYPE_CHECKING:
@@ -304,11 +304,7 @@ class Store(OpenStore):
     # Arguments
 
     def _rows(self, sequences: Numbers, tokens: Numbers) -> Rows:
-        if not self.reader.segments:
-            raise Unavailable(
-                f"{self.path} has no committed segment yet. Run the same `actstore ingest` again.",
-                kind=ErrorKind.NOTHING_COMMITTED,
-            )
+        self.require_committed()
         if sequences is not None and tokens is not None:
             raise _invalid("Both sequences and tokens are given; give one of them.")
         if sequences is not None:

@@ -120,7 +120,7 @@ class Sources:
 
     @cached_property
     def errors(self) -> dict[str, float]:
-        """The worst error that self-checks measured, by location."""
+        """The worst error that self-checks measured, by the array's key."""
         return read_selfchecks(self.reader.blobs)
 
     def _has_weight(self, name: WeightName) -> bool:
@@ -207,7 +207,7 @@ class Sources:
         """Where a location's values come from, for people."""
         array = self.reader.arrays.get((location, pass_type))
         if array is not None:
-            error = self.errors.get(location.label) if pass_type is PassType.FORWARD else None
+            error = self.errors.get(array.spec.key)
             measured = "" if error is None else f" (measured error {error:.1e})"
             return f"stored {array.spec.dtype.value}{measured}"
         if self.kind(location, pass_type) == "needs a model":

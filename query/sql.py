@@ -119,7 +119,7 @@ class Sql:
             InvalidInput: the predicate is not valid.
             StoreDamaged: a block of the snapshot fails its checksum.
         """
-        relation = self._where("where", where, f"SELECT token FROM {_ROWS}")
+        relation = self._where("where", where, f"SELECT tokens.token FROM {_ROWS}")
         with _translated(where):
             found = relation.fetchnumpy()["token"]
         return np.sort(np.asarray(found, np.int64))

@@ -5,39 +5,33 @@ over zone maps, then a scan under a budget of cells. All three keep their answer
 :class:`Ranking`, so they agree to the last tie.
 """
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from actstore.query.bounds import derived_value
 from actstore.query.derived import UNIT_ARGUMENTS, DerivedScalar, scalar
+from actstore.query.planner import SCAN_CELLS, Outcome, rank
 from actstore.query.ranking import Candidates, Grouping, Ranking
 from actstore.query.results import Certificate, TopK
-from actstore.query.search import (
-    Effort,
-    ScaledArray,
-    Window,
-    search_bounds,
-    search_lists,
-    search_scan,
-)
 from actstore.query.selection import RowSelection, UnitSelection
-from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
-from actstore.store.layout import PAGE_ROWS
-from actstore.store.vocabulary import ActivationLocationType, Dimension
+from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.vocabulary import Dimension
 
 if TYPE_CHECKING:
     from actstore.query.session import Store
 
-__all__ = ["SCAN_CELLS", "Query", "scaled_array", "topk"]
+__all__ = ["Query", "allowed_rows", "require_distinct", "topk"]
 
-SCAN_CELLS = 4_000_000_000
-"""Values that a query may look at without an index: about a minute of one core."""
+_UNIT_TABLES: dict[tuple[Dimension, ...], str] = {
+    (Dimension.NEURON,): "neurons",
+    (Dimension.HEAD,): "heads",
+}
 
-_WINDOW_CELLS = 4_000_000
 Indices = int | Sequence[int] | None
 By = Literal["value", "magnitude"]
 
@@ -122,13 +116,15 @@ def topk(
         InvalidInput: an unknown scalar, layer or unit, a bad predicate, or a scan over budget.
         Unavailable: the store cannot derive the scalar.
     """
-    if k < 1:
-        raise _invalid(f"k is {k}; it must be at least 1.")
+    k = _positive(k)
     if by not in ("value", "magnitude"):
         raise _invalid(f"by is {by!r}; use value or magnitude.")
-    if distinct not in (None, "sequence", "document"):
-        raise _invalid(f"distinct is {distinct!r}; use sequence or document.")
+    if by == "magnitude" and not largest:
+        # The least magnitudes are not at the ends of the lists.
+        raise _invalid("by='magnitude' ranks the greatest magnitudes; drop largest=False.")
+    require_distinct(distinct)
     declared = scalar(name)
+    store.require_committed()
     chosen = _select_units(
         store,
         declared,
@@ -142,120 +138,29 @@ def topk(
         },
         units,
     )
-    rows = RowSelection(store.reader, None if where is None else store.rows_where(where), special)
+    rows = RowSelection(store.reader, allowed_rows(store, where), special)
     query = Query(store, declared, k, chosen, rows, distinct)
     groups = _groups(query, per)
     ends = (True, False) if by == "magnitude" else (largest,)
-    found: list[Candidates] = []
-    plans: list[str] = []
-    effort = Effort()
-    cells = 0
-    sources: set[str] = set()
-    for group in groups:
-        kept = []
-        for end in ends:
-            ranking = query.ranking(end)
-            plan, source, looked = _search(query, group, ranking, effort, max_cells)
-            plans.append(plan)
-            sources.add(source)
-            cells += looked
-            kept.append(ranking.best)
-        best = _by_magnitude(query, kept, largest) if by == "magnitude" else kept[0]
-        effort.bound = float(best.value[-1]) if len(best) >= k else float("-inf")
-        found.append(best)
-    answer = Candidates.join(found)
+    outcome = Outcome()
+    rankings = [[query.ranking(end) for end in ends] for _ in groups]
+    for number in range(len(ends)):
+        pairs = [(units, kept[number]) for units, kept in zip(groups, rankings, strict=True)]
+        rank(store, declared, rows, pairs, max_cells, outcome)
+    found = [
+        _by_magnitude(query, [ranking.best for ranking in kept])
+        if by == "magnitude"
+        else kept[0].best
+        for kept in rankings
+    ]
+    bound = (
+        float(np.abs(found[0].value[-1]) if by == "magnitude" else found[0].value[-1])
+        if (len(found) == 1 and len(found[0]) >= k)
+        else None
+    )
     return TopK(
-        _table(store, declared, answer),
-        _certificate(query, plans, sources, effort, cells, bounded=len(groups) == 1),
+        _table(store, declared, Candidates.join(found)), _certificate(query, outcome, bound)
     )
-
-
-def _search(
-    query: Query, units: UnitSelection, ranking: Ranking, effort: Effort, max_cells: int
-) -> tuple[str, str, int]:
-    """Fill the ranking; returns the plan's name, the values' source and cells scanned."""
-    source = scaled_array(query.store, query.scalar)
-    if source is None:
-        windows, origin = _windows(query, units, max_cells)
-        rows = query.store.reader.segment_rows
-        return "scan", origin, search_scan(windows, rows, units, query.rows, ranking)
-    still_open = search_lists(source, units, query.rows, ranking)
-    if not still_open:
-        return "lists", "stored", 0
-    rest = UnitSelection(tuple(still_open), units.columns, None, still_open)
-    seeded = ranking.is_full
-    search_bounds(source, rest, query.rows, ranking, effort)
-    return "lists+bounds" if seeded else "bounds", "stored", 0
-
-
-def scaled_array(store: "Store", declared: DerivedScalar) -> ScaledArray | None:
-    """The scalar as a zone-mapped array times coefficients, if it is one that is stored."""
-    source = declared.raw_source
-    if source is None or not isinstance(source.of, ActivationLocationType):
-        return None
-    if (source.of, source.pass_type) not in store.reader.arrays:
-        return None
-    array = store.reader.array(source.of, source.pass_type)
-    if not array.spec.has_zones:
-        return None
-    if array.segments != store.reader.segments:
-        raise Unavailable(
-            f"{array.spec.key} has {len(array.segments)} of {len(store.reader.segments)} committed "
-            "segments: a ranking would miss the others. Finish its set with `actstore ingest`.",
-            kind=ErrorKind.NOT_STORED,
-        )
-    return ScaledArray(
-        array, store.unit_index(array), lambda layer: store.coefficients(declared, layer)
-    )
-
-
-def _windows(query: Query, units: UnitSelection, max_cells: int) -> tuple[Iterator[Window], str]:
-    """Values of a scalar that no index covers, in windows within segments."""
-    store, declared = query.store, query.scalar
-    reader = store.reader
-    segments = query.rows.segments(reader.segments)
-    total = sum(reader.commits["base"][segment].rows for segment in segments)
-    cells = total * units.columns * len(units.layers)
-    if cells > max_cells:
-        raise InvalidInput(
-            f"Ranking {declared.name} has no index and would look at {cells:,} values, more than "
-            f"max_cells={max_cells:,}. Restrict layers or `where`, or raise max_cells.",
-            kind=ErrorKind.TOO_LARGE,
-        )
-    source = declared.raw_source
-    place = source.of if source is not None else None
-    if (
-        source is not None
-        and isinstance(place, ActivationLocationType)
-        and (place, source.pass_type) in reader.arrays
-        and not place.is_pair_shaped
-    ):
-        array = reader.array(place, source.pass_type)
-        step = max(1, _WINDOW_CELLS // units.columns // PAGE_ROWS) * PAGE_ROWS
-
-        def stored() -> Iterator[Window]:
-            for layer in units.layers:
-                c = store.coefficients(declared, layer)
-                for segment in segments:
-                    for start in range(0, array.rows_of(segment), step):
-                        raw = array.reader.window(segment, layer, start, start + step)
-                        value = derived_value(array.spec.dtype.to_float32(raw), c)
-                        yield layer, segment * reader.segment_rows + start, value
-
-        return stored(), "stored"
-
-    def derived() -> Iterator[Window]:
-        for segment in segments:
-            plan = reader.segment(segment)
-            for index in range(plan.n_sequences):
-                for layer in units.layers:
-                    values = store.derive_window(declared, plan.first_sequence + index, layer)
-                    if declared.is_pair_shaped:
-                        pairs = values.reshape(len(values), *store.unit_shape(declared))
-                        values = pairs.swapaxes(1, 2).reshape(len(values), -1)
-                    yield layer, int(plan.first_token[index]), values
-
-    return derived(), store.source_of(declared)
 
 
 def _ranked_axes(
@@ -291,10 +196,7 @@ def _select_units(
     chosen = np.sort(grid.reshape(-1)) if restricted else None
     by_layer = None
     if units is not None:
-        if len(sizes) != 1:
-            raise _invalid(f"`units` needs a scalar with one unit axis; {declared.name} has more.")
-        table = "heads" if declared.axes == (Dimension.HEAD,) else "neurons"
-        pairs = store.units_where(units, table) if isinstance(units, str) else list(units)
+        pairs = _unit_pairs(store, declared, units)
         grouped: dict[int, list[int]] = {}
         for layer, unit in pairs:
             _indices(layer, count, "units", ErrorKind.UNKNOWN_LAYER)
@@ -304,10 +206,33 @@ def _select_units(
     return UnitSelection(tuple(numbers), int(np.prod(sizes)), chosen, by_layer)
 
 
+def _unit_pairs(
+    store: "Store", declared: DerivedScalar, units: "str | Sequence[tuple[int, int]]"
+) -> list[tuple[int, int]]:
+    """(layer, unit) pairs, as given or as SQL over the table of such units finds them."""
+    if declared.axes not in _UNIT_TABLES:
+        raise _invalid(
+            f"`units` chooses neurons or heads; {declared.name} is over "
+            f"{', '.join(declared.axes)}. Use its own arguments."
+        )
+    if isinstance(units, str):
+        return store.units_where(units, _UNIT_TABLES[declared.axes])
+    pairs = []
+    for pair in units:
+        try:
+            layer, unit = pair
+        except (TypeError, ValueError):
+            raise _invalid(
+                f"units holds {pair!r}; give (layer, unit) pairs or a SQL predicate."
+            ) from None
+        pairs.append((layer, unit))
+    return pairs
+
+
 def _indices(values: Any, size: int, name: str, kind: ErrorKind) -> list[int]:
     if values is None:
         return list(range(size))
-    wanted = [values] if isinstance(values, int | np.integer) else list(values)
+    wanted = list(values) if isinstance(values, Iterable) else [values]
     for value in wanted:
         if not isinstance(value, int | np.integer) or not 0 <= value < size:
             raise InvalidInput(
@@ -328,13 +253,8 @@ def _groups(query: Query, per: str | None) -> list[UnitSelection]:
     raise _invalid(f"per is {per!r}; {query.scalar.name} allows: {', '.join(['layer', *axes])}.")
 
 
-def _by_magnitude(query: Query, ends: list[Candidates], largest: bool) -> Candidates:
-    """The best of both ends by absolute value.
-
-    The least magnitudes are not at the ends, so they are not offered.
-    """
-    if not largest:
-        raise _invalid("by='magnitude' ranks the greatest magnitudes; drop largest=False.")
+def _by_magnitude(query: Query, ends: list[Candidates]) -> Candidates:
+    """The best of both ends by absolute value."""
     both = Candidates.join(ends)
     ranking = query.ranking(True)
     ranking.offer(Candidates(np.abs(both.value), both.layer, both.token, both.unit))
@@ -374,34 +294,57 @@ def _table(store: "Store", declared: DerivedScalar, answer: Candidates) -> pa.Ta
     return pa.table(columns)
 
 
-def _certificate(
-    query: Query, plans: list[str], sources: set[str], effort: Effort, cells: int, bounded: bool
-) -> Certificate:
-    reader = query.store.reader
-    lengths = {s: reader.commits["base"][s].rows for s in reader.segments}
-    special = sum(int(query.rows.special_rows(s).sum()) for s in lengths)
-    counted = query.rows.count(lengths)
-    total = sum(lengths.values())
-    excluded = {} if query.rows.special else {"special": special}
-    if query.rows.rows is not None:
-        excluded["where"] = total - counted - excluded.get("special", 0)
-        if not query.rows.special:
-            # A special row that the predicate drops as well is counted as special.
-            excluded["where"] = total - special - counted
-    order = ["scan", "bounds", "lists+bounds", "lists"]
+def _certificate(query: Query, outcome: Outcome, bound: float | None) -> Certificate:
+    store, rows = query.store, query.rows
+    total, special = store.n_tokens, store.special_count
+    counted = rows.count(store.reader.segments, total - special)
+    excluded = {} if rows.special else {"special": special}
+    if rows.rows is not None:
+        # A special row that the predicate drops as well is counted as special.
+        excluded["where"] = total - counted - sum(excluded.values())
     return Certificate(
         scalar=query.scalar.name,
-        plan=min(plans, key=order.index) if plans else "lists",
-        source=", ".join(sorted(sources)) or "stored",
-        pages_read=effort.pages_read,
-        pages_pruned=max(effort.pages_total - effort.pages_read, 0),
-        cells_scanned=cells,
-        bound=effort.bound if bounded and np.isfinite(effort.bound) else None,
-        segments=len(lengths),
-        segments_planned=reader.planned_segments,
+        plan=outcome.plan,
+        source=outcome.source,
+        pages_read=outcome.effort.pages_read,
+        pages_pruned=max(outcome.effort.pages_total - outcome.effort.pages_read, 0),
+        cells_scanned=outcome.cells,
+        bound=bound if bound is not None and np.isfinite(bound) else None,
+        segments=len(store.reader.segments),
+        segments_planned=store.reader.planned_segments,
         rows=counted,
         rows_excluded=excluded,
     )
+
+
+def allowed_rows(store: "Store", where: str | None) -> npt.NDArray[np.int64] | None:
+    """Ascending global rows that a predicate allows; None where there is no predicate."""
+    if where is None:
+        return None
+    try:
+        return store.rows_where(where.strip())
+    except AttributeError:
+        raise _invalid(f"where is {where!r}; give a SQL predicate as a string.") from None
+
+
+def _positive(k: int) -> int:
+    try:
+        number = operator.index(k)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise _invalid(f"k is {k!r}; it must be an integer of at least 1.")
+    return number
+
+
+def require_distinct(distinct: str | None) -> None:
+    """Check the name of what answers are distinct by.
+
+    Raises:
+        InvalidInput: it is neither None, ``sequence`` nor ``document``.
+    """
+    if distinct not in (None, "sequence", "document"):
+        raise _invalid(f"distinct is {distinct!r}; use sequence or document.")
 
 
 def _invalid(message: str) -> InvalidInput:

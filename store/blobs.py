@@ -10,6 +10,7 @@ import os
 import platform
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 from zlib import crc32
@@ -91,26 +92,29 @@ class LocalBlobs:
         final = self.path(key)
         temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{writer_id()}-{uuid.uuid4().hex}")
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make_durable(final.parent)
             try:
                 _write_synced(temporary, parts)
                 try:
                     os.link(temporary, final)
+                    is_new = True
                 except FileExistsError:
-                    return False
+                    is_new = False
+                # Also for another writer's file: it may have died between link and sync, and
+                # what we publish next may rest on this name.
                 _sync_directory(final.parent)
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
             raise write_failed(final, error) from error
-        return True
+        return is_new
 
     def replace(self, key: str, data: bytes) -> None:
         """Swap a mutable file for another, atomically and durably."""
         final = self.path(key)
         temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{writer_id()}-{uuid.uuid4().hex}")
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make_durable(final.parent)
             try:
                 _write_synced(temporary, [data])
                 temporary.rename(final)
@@ -196,6 +200,22 @@ def _write_synced(path: Path, parts: Iterable[Part]) -> None:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _make_durable(folder: Path) -> None:
+    """Make a directory; sync the parent of each one that was not there."""
+    made = []
+    missing = folder
+    while not missing.exists():
+        made.append(missing)
+        missing = missing.parent
+    if not made:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for directory in reversed(made):
+        # Outside the store a parent may be writable and yet not readable, so not syncable.
+        with suppress(PermissionError):
+            _sync_directory(directory.parent)
 
 
 def _sync_directory(path: Path) -> None:

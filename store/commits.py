@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from actstore.store.blobs import LocalBlobs, write_failed
 from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.manifest import FileEntry
-from actstore.store.records import decode_record, encode_record
+from actstore.store.records import decode_record, encode_record, well_formed
 
 __all__ = ["CommitRecord", "lock_segment", "publish_commit", "read_commits"]
 
@@ -65,20 +65,24 @@ class CommitRecord:
         """Parse and verify a record.
 
         Raises:
-            StoreDamaged: it fails its checksum, or stands under a name that is not its own.
+            StoreDamaged: it fails its checksum, is a record of another sort, or stands under a
+                name that is not its own.
         """
         fields: dict[str, Any] = decode_record(data, name)
-        record = cls(
-            set=fields["set"],
-            segment=fields["segment"],
-            plan=fields["plan"],
-            rows=fields["rows"],
-            files=tuple(FileEntry.from_json(entry) for entry in fields["files"]),
-            statistics=fields["statistics"],
-        )
-        if record.path != name:
+        with well_formed(name):
+            record = cls(
+                set=fields["set"],
+                segment=fields["segment"],
+                plan=fields["plan"],
+                rows=fields["rows"],
+                files=tuple(FileEntry.from_json(entry) for entry in fields["files"]),
+                statistics=fields["statistics"],
+            )
+            path = record.path
+        if path != name:
             raise StoreDamaged(
-                f"{name} holds the record of {record.path}.", kind=ErrorKind.MALFORMED_FILE
+                f"{name} holds the record of {path}. Run `actstore verify`.",
+                kind=ErrorKind.MALFORMED_FILE,
             )
         return record
 
@@ -133,6 +137,9 @@ def lock_segment(root: Path, name: str, segment: int) -> Iterator[bool]:
         try:
             yield True
         finally:
-            path.unlink(missing_ok=True)
+            # The lock itself goes with the descriptor; a file left behind costs nothing, while
+            # an error here would hide the one that made the disk read-only.
+            with suppress(OSError):
+                path.unlink()
     finally:
         os.close(descriptor)

@@ -33,6 +33,7 @@ from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.index_fold import LayerIndex, Moments, fold_layer, list_depth
 from actstore.store.layout import ArraySpec
 from actstore.store.reader import StoredArray, StoreReader
+from actstore.store.records import well_formed
 from actstore.store.sections import SectionFile, encode_sections
 from actstore.store.unit_lists import NO_ROW, TAILS, Tail, UnitLists
 
@@ -190,7 +191,8 @@ def read_index_coverage(root: Path, path: str) -> Coverage:
     """
     file = SectionFile(root / path, path)
     try:
-        return Coverage.from_json(file.attributes["coverage"])
+        with well_formed(path):
+            return Coverage.from_json(file.attributes["coverage"])
     finally:
         file.close()
 
@@ -284,7 +286,8 @@ def newest_index_file(
             file = IndexFile(root, path, spec)
         except StoreDamaged as error:
             # Compaction may have removed it since: what replaced it covers more than we see.
-            if skip_damaged or error.kind is ErrorKind.MISSING_FILE:
+            is_gone = error.kind is ErrorKind.MISSING_FILE or not (root / path).exists()
+            if skip_damaged or is_gone:
                 continue
             raise
         is_wider = best is None or len(file.coverage) > len(best.coverage)

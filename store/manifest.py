@@ -12,7 +12,13 @@ from typing import Any
 from actstore.store.blobs import LocalBlobs, missing_file
 from actstore.store.errors import ErrorKind, NotAStore, StoreConflict, StoreDamaged
 from actstore.store.layout import ArraySpec
-from actstore.store.records import canonical_json, decode_record, encode_record, newer_format
+from actstore.store.records import (
+    canonical_json,
+    decode_record,
+    encode_record,
+    newer_format,
+    well_formed,
+)
 
 __all__ = [
     "FORMAT",
@@ -149,13 +155,43 @@ class SetRecord:
             }
         )
 
+    @classmethod
+    def decode(cls, data: bytes, name: str, segment_rows: int) -> "SetRecord":
+        """Parse and verify a record.
+
+        Args:
+            data: the file's bytes.
+            name: the file's path inside the store.
+            segment_rows: S of the store.
+
+        Raises:
+            StoreDamaged: it fails its checksum, is a record of another sort, or stands under a
+                name that is not its own.
+        """
+        fields = decode_record(data, name)
+        with well_formed(name):
+            record = cls(
+                name=fields["set"],
+                arrays=tuple(
+                    ArraySpec.from_json(entry, segment_rows) for entry in fields["arrays"]
+                ),
+                retention=fields["retention"],
+                replaces=tuple(fields["replaces"]),
+            )
+        if record.path != name:
+            raise StoreDamaged(
+                f"{name} holds the record of {record.path}. Run `actstore verify`.",
+                kind=ErrorKind.MALFORMED_FILE,
+            )
+        return record
+
 
 def read_manifest(blobs: LocalBlobs) -> StoreManifest:
     """Read and verify ``store.json``.
 
     Raises:
         NotAStore: there is none, or its format is newer than this version reads.
-        StoreDamaged: it fails its checksum.
+        StoreDamaged: it fails its checksum, or is a record of another sort.
     """
     if not blobs.exists(MANIFEST):
         raise NotAStore(
@@ -172,16 +208,18 @@ def read_manifest(blobs: LocalBlobs) -> StoreManifest:
             kind=ErrorKind.NEWER_FORMAT,
         )
     fields = decode_record(data, MANIFEST)
-    manifest = StoreManifest(
-        model=fields["model"],
-        tokenizer=fields["tokenizer"],
-        config=fields["config"],
-        environment=fields["environment"],
-        files=tuple(FileEntry.from_json(entry) for entry in fields["files"]),
-    )
-    if fields["id"] != manifest.id:
+    with well_formed(MANIFEST):
+        manifest = StoreManifest(
+            model=fields["model"],
+            tokenizer=fields["tokenizer"],
+            config=fields["config"],
+            environment=fields["environment"],
+            files=tuple(FileEntry.from_json(entry) for entry in fields["files"]),
+        )
+        named, own = fields["id"], manifest.id
+    if named != own:
         raise StoreDamaged(
-            f"{MANIFEST} names id {fields['id']}, its contents give {manifest.id}.",
+            f"{MANIFEST} names id {named}, its contents give {own}.",
             kind=ErrorKind.MALFORMED_FILE,
         )
     return manifest
@@ -196,8 +234,8 @@ def read_sets(blobs: LocalBlobs, segment_rows: int) -> dict[str, SetRecord]:
     """Every set of a store by name, verified.
 
     Raises:
-        StoreDamaged: a set's record fails its checksum, or is missing where a segment of the
-            set is committed.
+        StoreDamaged: a set's record fails its checksum, is a record of another sort, or is
+            missing where a segment of the set is committed.
     """
     sets = {}
     keys = [key for key in blobs.listing("commits") if key.endswith(".json")]
@@ -206,13 +244,6 @@ def read_sets(blobs: LocalBlobs, segment_rows: int) -> dict[str, SetRecord]:
             raise missing_file(path)
     for key in keys:
         if key.endswith("/set.json"):
-            fields = decode_record(blobs.read(key), key)
-            sets[fields["set"]] = SetRecord(
-                name=fields["set"],
-                arrays=tuple(
-                    ArraySpec.from_json(entry, segment_rows) for entry in fields["arrays"]
-                ),
-                retention=fields["retention"],
-                replaces=tuple(fields["replaces"]),
-            )
+            record = SetRecord.decode(blobs.read(key), key, segment_rows)
+            sets[record.name] = record
     return sets

@@ -9,23 +9,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from crc32c import crc32c
 
 from actstore.store.arrangement import PlanSections, arrange
 from actstore.store.blobs import LocalBlobs
 from actstore.store.errors import ErrorKind, InvalidInput, StoreConflict, StoreDamaged
-from actstore.store.manifest import FileEntry
 from actstore.store.plan import (
     DOCUMENT_FILE,
     SECTION_FILE,
     TOKENS_PER_SECTION,
     Plan,
     following,
-    plan_folders,
 )
+from actstore.store.plan_publication import Approval, publish_plan
 from actstore.store.plan_record import (
     PLAN_FOLDER,
-    RECORD_FILE,
     ChainMark,
     PlanConfig,
     PlanCounts,
@@ -51,7 +48,7 @@ class PlanOutcome:
 
     Attributes:
         plans: every plan of the store now, in order.
-        created: the plan that was written; None if all of it was there.
+        created: the plan that this run wrote; None if all of it was there.
         documents: documents of the corpus, up to the limit and without dropped ones.
         sequences: its sequences.
         tokens: its tokens.
@@ -76,6 +73,7 @@ def build_plan(
     *,
     append: bool,
     progress: Progress | None = None,
+    approve: Approval | None = None,
 ) -> PlanOutcome:
     """Plan a corpus, or find that the store has planned it already.
 
@@ -102,6 +100,8 @@ def build_plan(
         existing: the store's plans, from :func:`actstore.store.plan.load_plans`.
         append: add a corpus that differs from those in the store.
         progress: told how far the reading is.
+        approve: given a plan that is new, complete and not published yet. When it raises,
+            the plan is not published, and its error is passed on.
 
     Raises:
         StoreConflict: the config or the corpus is not the store's; says what differs.
@@ -129,12 +129,18 @@ def build_plan(
         if progress is not None:
             progress(stream.rows.count, stream.tokens)
         _compare(stream, chains, append=append)
-        created = _settle(blobs, config, stream, chains, existing, append=append)
+        chain = _continued(config, stream, chains, append=append)
+        added: list[Plan] = []
+        is_new = False
+        if chain is None or chain.mark.sequences < stream.sequences:
+            continued = chain.plans[-1] if chain else None
+            plan, is_new = _write_plan(blobs, config, stream, existing, continued, approve)
+            added = [plan]
     finally:
         stream.close()
     return PlanOutcome(
-        plans=(*existing, *([created] if created else [])),
-        created=created,
+        plans=(*existing, *added),
+        created=added[0] if is_new else None,
         documents=stream.rows.count,
         sequences=stream.sequences,
         tokens=stream.tokens,
@@ -193,18 +199,13 @@ def _compare(stream: TokenStream, chains: list[_Chain], *, append: bool) -> None
         raise _conflict(stream, chains)
 
 
-def _settle(
-    blobs: LocalBlobs,
-    config: PlanConfig,
-    stream: TokenStream,
-    chains: list[_Chain],
-    existing: Sequence[Plan],
-    *,
-    append: bool,
-) -> Plan | None:
+def _continued(
+    config: PlanConfig, stream: TokenStream, chains: list[_Chain], *, append: bool
+) -> _Chain | None:
+    """The planned corpus that the stream is or goes on with; None for a corpus of its own."""
     for chain in chains:
         if chain.mark.sequences == stream.sequences and chain.holds_beginning_of(stream):
-            return None
+            return chain
     for chain in chains:
         if chain.alive and stream.sequences < chain.mark.sequences:
             raise StoreConflict(
@@ -217,10 +218,10 @@ def _settle(
     if config.shuffle is None:
         for chain in chains:
             if chain.holds_beginning_of(stream):
-                return _write_plan(blobs, config, stream, existing, continued=chain.plans[-1])
+                return chain
     if chains and not append:
         raise _conflict(stream, chains)
-    return _write_plan(blobs, config, stream, existing, continued=None)
+    return None
 
 
 def _conflict(stream: TokenStream, chains: list[_Chain]) -> StoreConflict:
@@ -255,9 +256,9 @@ def _write_plan(
     config: PlanConfig,
     stream: TokenStream,
     existing: Sequence[Plan],
-    *,
     continued: Plan | None,
-) -> Plan:
+    approve: Approval | None,
+) -> tuple[Plan, bool]:
     mark = continued.record.chain if continued else _BEGINNING
     first_segment, sequence_base, document_base = (
         following(existing[-1].record) if existing else (0, 0, 0)
@@ -315,31 +316,17 @@ def _write_plan(
     section_key, document_key = (
         f"{record.folder}/{name}" for name in (SECTION_FILE, DOCUMENT_FILE)
     )
-    blobs.publish(section_key, encode_sections(sections, attributes))
-    table = stream.rows.encode(summary, mark.documents, document_base)
-    try:
-        blobs.publish(document_key, table.parts())
-    finally:
-        table.close()
-    if any(folder != record.folder for folder in plan_folders(blobs.root)[len(existing) :]):
-        raise StoreConflict(
-            f"Another run added a plan to {blobs.root} meanwhile. Run ingest again.",
-            kind=ErrorKind.CORPUS_CONFLICT,
-        )
-    files = [_file_entry(blobs, key) for key in (section_key, document_key)]
-    blobs.publish(f"{record.folder}/{RECORD_FILE}", [record.with_files(files).encode()])
-    plan = Plan.open(blobs.root, record.folder)
-    plan.verify()
-    return plan
 
+    def publish_files() -> dict[str, bool]:
+        made = {section_key: blobs.publish(section_key, encode_sections(sections, attributes))}
+        table = stream.rows.encode(summary, mark.documents, document_base)
+        try:
+            made[document_key] = blobs.publish(document_key, table.parts())
+        finally:
+            table.close()
+        return made
 
-def _file_entry(blobs: LocalBlobs, key: str) -> FileEntry:
-    # From the bytes that are there: a run that was killed may have left the file.
-    size, checksum = 0, 0
-    with open(blobs.path(key), "rb") as file:
-        while block := file.read(2**20):
-            size, checksum = size + len(block), crc32c(block, checksum)
-    return FileEntry(key, size, checksum)
+    return publish_plan(blobs, record, publish_files, existing, approve)
 
 
 def _dropped(count: int) -> dict[str, int]:

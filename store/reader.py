@@ -116,7 +116,13 @@ class StoreReader:
         self.manifest = read_manifest(self.blobs)
         self.sets: dict[str, SetRecord] = read_sets(self.blobs, self.manifest.segment_rows)
         # Records before plans: a plan is published before any record that names it.
-        self.commits = {name: read_commits(self.blobs, name) for name in self.sets}
+        commits = {name: read_commits(self.blobs, name) for name in self.sets}
+        # A further set may be ahead of the base; without the base its rows are not there yet.
+        base = commits.get("base", {})
+        self.commits = {
+            name: {segment: record for segment, record in records.items() if segment in base}
+            for name, records in commits.items()
+        }
         self.plans: list[Plan] = load_plans(self.root)
         self._check_plans()
         self.files = Descriptors(self.root)

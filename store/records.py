@@ -7,13 +7,15 @@ in the file is found by whoever reads it.
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from crc32c import crc32c
 
 from actstore.store.errors import ErrorKind, StoreDamaged
 
-__all__ = ["canonical_json", "decode_record", "encode_record", "newer_format"]
+__all__ = ["canonical_json", "decode_record", "encode_record", "newer_format", "well_formed"]
 
 
 def canonical_json(value: object) -> bytes:
@@ -48,22 +50,44 @@ def decode_record(data: bytes, name: str) -> dict[str, Any]:
     Raises:
         StoreDamaged: the bytes are not what ``encode_record`` wrote.
     """
-    try:
+    with well_formed(name):
         fields = json.loads(data)
         checksum = fields.pop("crc32c")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise StoreDamaged(
-            f"{name} is not a record of this format. Run `actstore verify`.",
-            kind=ErrorKind.MALFORMED_FILE,
-        ) from error
     # Comparing bytes, not fields: a flip that JSON forgives (a space, a case) counts too.
-    if encode_record(fields) != data:
+    try:
+        same = encode_record(fields) == data
+    except (ValueError, TypeError, RecursionError):
+        # A digit turned into an exponent parses as infinity, which no record can hold.
+        same = False
+    if not same:
         raise StoreDamaged(
             f"{name} fails its checksum {checksum}. Run `actstore verify`.",
             kind=ErrorKind.CHECKSUM_MISMATCH,
         )
     result: dict[str, Any] = fields
     return result
+
+
+@contextmanager
+def well_formed(name: str) -> Iterator[None]:
+    """Report what goes wrong inside as a malformed file: one that is not what its place calls for.
+
+    A sound record of another sort passes its own checksum, and then lacks the fields that are
+    asked for or has them in another shape.
+
+    Args:
+        name: the file's path inside the store, for the message.
+
+    Raises:
+        StoreDamaged: a field is missing or has another type or value.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise StoreDamaged(
+            f"{name} is not a record of this format. Run `actstore verify`.",
+            kind=ErrorKind.MALFORMED_FILE,
+        ) from error
 
 
 def newer_format(data: bytes, name: str, known: int) -> int | None:

@@ -4,7 +4,8 @@ A snapshot is made from committed segments and named by the records it covers:
 ``catalog/<coverage>.duckdb`` with a record beside it, ``catalog/<coverage>.json``, that
 answers for its bytes. A reader takes the one that covers all it has seen. Where the
 store has none, the reader makes its own in the user's cache, or in memory when the store
-is small: opening never writes to the store.
+is small: opening never writes to the store. A snapshot whose tables have another form
+(:data:`SCHEMA`) is passed over, and made anew by compaction.
 
 Compaction keeps the newest alone. Older snapshots and index files are removed once the
 new ones are published: whoever has one open keeps its file, and a reader that comes too
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import duckdb
 from crc32c import crc32c
@@ -50,8 +51,12 @@ CHECKED_BYTES = 256 * 2**20
 MEMORY_ROWS = 2**17
 """Stores up to this many rows get their snapshot in memory when they have none on disk."""
 
+SCHEMA = 1
+"""The form of the tables. Raise it whenever :mod:`actstore.store.tables` changes what it makes."""
+
 _FOLDER = "catalog"
 _PIECE = 8 * 2**20
+_HASH_DIGITS = 12
 _LOCK_SECONDS = 300
 
 
@@ -93,8 +98,8 @@ def open_snapshot(reader: StoreReader) -> Snapshot:
     """A snapshot of everything that the reader sees, opened for reading.
 
     Taken from the store if one there covers everything; else from the user's cache
-    (``XDG_CACHE_HOME/actstore/<store id>/<coverage>.duckdb``), made there when missing;
-    else, for a small store or an unwritable cache, made in memory.
+    (``XDG_CACHE_HOME/actstore/<store id>-<first plan>/<coverage>-<schema>.duckdb``), made
+    there when missing; else, for a small store or an unwritable cache, made in memory.
 
     Raises:
         StoreDamaged: the snapshot, or a file that one is made from, fails its checksum.
@@ -102,12 +107,16 @@ def open_snapshot(reader: StoreReader) -> Snapshot:
     coverage = Coverage.of_sets(reader.commits)
     found = newest_snapshot(reader)
     if found is not None and found[0] == coverage:
-        return Snapshot(_connect(found[1]), coverage, "store", found[1])
+        connection = _connect_unless_gone(found[1])
+        if connection is not None:
+            return Snapshot(connection, coverage, "store", found[1])
     rows = sum(record.rows for record in reader.commits.get("base", {}).values())
     if rows > MEMORY_ROWS:
         try:
             path = _cached(reader, coverage)
-            return Snapshot(_connect(path), coverage, "cache", path)
+            connection = _connect_unless_gone(path)
+            if connection is not None:
+                return Snapshot(connection, coverage, "cache", path)
         except WriteFailed:
             pass
     connection = duckdb.connect(":memory:", config=_options())
@@ -144,7 +153,8 @@ def compact(reader: StoreReader) -> CompactionResult:
         zoned = [array for array in reader.arrays.values() if array.spec.has_zones]
         published = [publish_index(reader, array) for array in zoned]
         indexes = tuple(path for path in published if path is not None)
-        snapshot = _publish_snapshot(reader, reader.blobs, f"{_FOLDER}/", coverage)
+        name = f"{_FOLDER}/{coverage.hash}"
+        snapshot = _publish_snapshot(reader, reader.blobs, name, coverage)
         # A database that another process has just published may be about to get its record.
         removed = _remove_superseded(reader, coverage, indexes) if is_alone else []
     return CompactionResult(coverage.hash, indexes, snapshot, tuple(removed))
@@ -170,32 +180,43 @@ def _cached(reader: StoreReader, coverage: Coverage) -> Path:
     """The snapshot in the user's cache, made if it is not there or not sound."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    blobs = LocalBlobs(base / "actstore" / reader.manifest.id)
+    # Stores of one model and config share an id; what they hold begins with the first plan.
+    first_plan = reader.plans[0].hash[:_HASH_DIGITS]
+    blobs = LocalBlobs(base / "actstore" / f"{reader.manifest.id}-{first_plan}")
     try:
         found = _newest(blobs, "", coverage)
     except StoreDamaged:
         found = None
     if found is not None and found[0] == coverage:
         return found[1]
-    path = _publish_snapshot(reader, blobs, "", coverage)
-    _remove_snapshots(blobs, "", coverage, coverage)
+    path = _publish_snapshot(reader, blobs, f"{coverage.hash}-{SCHEMA}", coverage)
+    _remove_narrower(blobs, coverage)
     return blobs.path(path)
 
 
 def _newest(blobs: LocalBlobs, folder: str, committed: Coverage) -> tuple[Coverage, Path] | None:
-    best: tuple[Coverage, FileEntry] | None = None
+    best: _Record | None = None
     for path in _records(blobs, folder):
-        # Compaction may remove what was listed: whoever finds nothing makes its own.
-        if not blobs.exists(path):
+        try:
+            record = _read_record(blobs, path)
+        except StoreDamaged:
+            # Compaction may remove what was listed: whoever finds nothing makes its own.
+            if blobs.exists(path):
+                raise
             continue
-        coverage, entry = _read_record(blobs, path)
-        is_wider = best is None or len(coverage) > len(best[0])
-        if is_wider and coverage.is_within(committed) and blobs.exists(entry.path):
-            best = coverage, entry
+        is_wider = best is None or len(record.coverage) > len(best.coverage)
+        is_usable = record.schema == SCHEMA and record.coverage.is_within(committed)
+        if is_wider and is_usable and blobs.exists(record.entry.path):
+            best = record
     if best is None:
         return None
-    _verify(blobs, best[1])
-    return best[0], blobs.path(best[1].path)
+    try:
+        _verify(blobs, best.entry)
+    except StoreDamaged:
+        if blobs.exists(best.entry.path) and blobs.exists(best.path):
+            raise
+        return None
+    return best.coverage, blobs.path(best.entry.path)
 
 
 def _records(blobs: LocalBlobs, folder: str) -> list[str]:
@@ -203,7 +224,16 @@ def _records(blobs: LocalBlobs, folder: str) -> list[str]:
     return sorted(f"{folder}{name}" for name in names if TEMPORARY_MARK not in name)
 
 
-def _read_record(blobs: LocalBlobs, path: str) -> tuple[Coverage, FileEntry]:
+class _Record(NamedTuple):
+    """What a snapshot's record says."""
+
+    path: str
+    coverage: Coverage
+    entry: FileEntry
+    schema: Any
+
+
+def _read_record(blobs: LocalBlobs, path: str) -> _Record:
     fields = decode_record(blobs.read(path), path)
     try:
         coverage = Coverage.from_json(fields["coverage"])
@@ -212,7 +242,7 @@ def _read_record(blobs: LocalBlobs, path: str) -> tuple[Coverage, FileEntry]:
         raise _damaged(path, "is not the record of a snapshot") from error
     if path != f"{entry.path.removesuffix('.duckdb')}.json" or coverage.hash not in path:
         raise _damaged(path, "holds the record of another snapshot")
-    return coverage, entry
+    return _Record(path, coverage, entry, fields.get("schema"))
 
 
 def _verify(blobs: LocalBlobs, entry: FileEntry) -> None:
@@ -235,24 +265,28 @@ def _entry(blobs: LocalBlobs, path: str) -> FileEntry:
     return FileEntry(path, size, checksum)
 
 
-def _publish_snapshot(
-    reader: StoreReader, blobs: LocalBlobs, folder: str, coverage: Coverage
-) -> str:
-    """Publish a snapshot and its record, unless they are there and sound."""
-    path, record = f"{folder}{coverage.hash}.duckdb", f"{folder}{coverage.hash}.json"
+def _publish_snapshot(reader: StoreReader, blobs: LocalBlobs, name: str, coverage: Coverage) -> str:
+    """Publish a snapshot and its record, unless they are there, sound and of our schema."""
+    path, record = f"{name}.duckdb", f"{name}.json"
     if blobs.exists(record):
-        try:
-            _verify(blobs, _read_record(blobs, record)[1])
-        except StoreDamaged:
-            blobs.delete(path)
-            blobs.delete(record)
-        else:
+        if _is_current(blobs, record):
             return path
+        blobs.delete(path)
+        blobs.delete(record)
     # A database without a record is whole: its writer died, or is about to write the record.
     entry = _entry(blobs, path) if blobs.exists(path) else _build(reader, blobs, path)
-    fields = {"coverage": coverage.to_json(), "files": [entry.to_json()]}
+    fields = {"coverage": coverage.to_json(), "schema": SCHEMA, "files": [entry.to_json()]}
     blobs.publish(record, [encode_record(fields)])
     return path
+
+
+def _is_current(blobs: LocalBlobs, path: str) -> bool:
+    try:
+        record = _read_record(blobs, path)
+        _verify(blobs, record.entry)
+    except StoreDamaged:
+        return False
+    return bool(record.schema == SCHEMA)
 
 
 def _build(reader: StoreReader, blobs: LocalBlobs, path: str) -> FileEntry:
@@ -292,7 +326,7 @@ def _remove_superseded(
     """
     blobs = reader.blobs
     committed = Coverage.of_sets({name: read_commits(blobs, name) for name in reader.sets})
-    removed = _remove_snapshots(blobs, f"{_FOLDER}/", coverage, committed)
+    removed = _remove_snapshots(blobs, coverage, committed)
     for array in reader.arrays.values():
         for path in index_paths(reader.root, array.spec):
             try:
@@ -305,14 +339,29 @@ def _remove_superseded(
     return removed
 
 
-def _remove_snapshots(
-    blobs: LocalBlobs, folder: str, coverage: Coverage, committed: Coverage
-) -> list[str]:
+def _remove_narrower(blobs: LocalBlobs, coverage: Coverage) -> None:
+    """Delete the cached snapshots of our schema that a new one makes superfluous.
+
+    A wider one, one of other commits or of another version may be some other reader's.
+    """
+    for path in _records(blobs, ""):
+        try:
+            found = _read_record(blobs, path)
+        except StoreDamaged:
+            continue
+        is_ours = found.schema == SCHEMA and found.coverage.is_within(coverage)
+        if is_ours and found.coverage != coverage:
+            blobs.delete(found.entry.path)
+            blobs.delete(path)
+
+
+def _remove_snapshots(blobs: LocalBlobs, coverage: Coverage, committed: Coverage) -> list[str]:
+    folder = f"{_FOLDER}/"
     removed: list[str] = []
     kept = {f"{folder}{coverage.hash}.json"}
     for record in _records(blobs, folder):
         try:
-            if _stays(_read_record(blobs, record)[0], coverage, committed):
+            if _stays(_read_record(blobs, record).coverage, coverage, committed):
                 kept.add(record)
         except StoreDamaged:
             continue
@@ -341,6 +390,16 @@ def _connect(path: Path) -> duckdb.DuckDBPyConnection:
         return duckdb.connect(str(path), read_only=True, config=_options())
     except duckdb.Error as error:
         raise _damaged(path.name, f"cannot be opened: {error}") from error
+
+
+def _connect_unless_gone(path: Path) -> duckdb.DuckDBPyConnection | None:
+    """A connection; None when the file was removed since it was found."""
+    try:
+        return _connect(path)
+    except StoreDamaged:
+        if path.exists():
+            raise
+        return None
 
 
 def _options() -> dict[str, Any]:

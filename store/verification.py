@@ -14,11 +14,12 @@ from actstore.store.commits import CommitRecord, commit_path
 from actstore.store.coverage import Coverage
 from actstore.store.errors import ActstoreError, ErrorKind, StoreDamaged
 from actstore.store.index_file import read_index_coverage
+from actstore.store.layout import PAGE_ROWS
 from actstore.store.manifest import MANIFEST, FileEntry, SetRecord, read_manifest, read_sets
-from actstore.store.plan import Plan
+from actstore.store.plan import Plan, load_plans
 from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE, PlanRecord
 from actstore.store.publishing import metadata_files, segment_files, token_rows
-from actstore.store.records import decode_record
+from actstore.store.records import decode_record, well_formed
 from actstore.store.sections import SectionFile
 from actstore.store.selfcheck import FOLDER as SELFCHECK_FOLDER
 from actstore.store.selfcheck import SelfCheck
@@ -107,9 +108,9 @@ def verify_store(
         try:
             report.bytes += check()
             report.files += 1
-        except (ActstoreError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a file makes us raise is a finding
             if blobs.exists(path):
-                report.findings.append(Finding(path, "damaged", str(error)))
+                report.findings.append(Finding(path, "damaged", _detail(error)))
             # Compaction may have removed a derived file since it was listed.
             elif not (path in present and _is_derived(path)):
                 report.findings.append(Finding(path, "missing", "a record names it"))
@@ -118,6 +119,12 @@ def verify_store(
         Finding(path, "unknown", "no record names it")
         for path in sorted(present - checks.keys() - temporary)
     ]
+    if not any(finding.path.startswith(f"{PLAN_FOLDER}/") for finding in report.findings):
+        # Plans may be sound one by one and not fit together.
+        try:
+            load_plans(root)
+        except StoreDamaged as error:
+            report.findings.append(Finding(PLAN_FOLDER, "damaged", str(error)))
     report.findings.sort(key=lambda finding: finding.path)
     report.temporary = sorted(temporary)
     return report
@@ -139,6 +146,8 @@ class _Contents:
         self._present = present
         self._commits: dict[str, CommitRecord] = {}
         self._known_segments: int | None = 0
+        # Any will do where the manifest cannot say: a set's record does not depend on it.
+        self._segment_rows = PAGE_ROWS
         self.unfinished: set[str] = set()
 
     def expected(self) -> Iterator[tuple[str, _Check]]:
@@ -161,6 +170,7 @@ class _Contents:
         for record in self._commits.values():
             yield from self._entries(record.files)
         if manifest is not None:
+            self._segment_rows = manifest.segment_rows
             yield from self._entries(manifest.files)
             yield from self._sets(manifest.segment_rows)
         yield from self._derived()
@@ -221,11 +231,14 @@ class _Contents:
                 database = path.removesuffix(".json") + ".duckdb"
                 try:
                     fields = decode_record(self._blobs.read(path), path)
+                    with well_formed(path):
+                        entries = [FileEntry.from_json(e) for e in fields.get("files", [])]
+                        coverage = Coverage.from_json(fields.get("coverage", []))
                 except StoreDamaged:
                     self.unfinished.add(database)
                     continue
-                yield from self._entries(FileEntry.from_json(e) for e in fields.get("files", []))
-                yield from self._covered(fields.get("coverage", []))
+                yield from self._entries(entries)
+                yield from self._covered(coverage.to_json())
             else:
                 self.unfinished.add(path)
 
@@ -251,8 +264,8 @@ class _Contents:
         data = self._blobs.read(path)
         if not path.endswith("/set.json"):
             CommitRecord.decode(data, path)
-        elif path != f"commits/{decode_record(data, path).get('set')}/set.json":
-            raise _damaged(path, "is the record of another set")
+        else:
+            SetRecord.decode(data, path, self._segment_rows)
         return len(data)
 
     def _plan(self, path: str) -> int:
@@ -262,10 +275,11 @@ class _Contents:
 
     def _derived_record(self, path: str) -> int:
         data = self._blobs.read(path)
-        fields = decode_record(data, path)
         if path.startswith(f"{SELFCHECK_FOLDER}/"):
-            own = SelfCheck(tuple(fields["sequences"]), fields["errors"]).path
-        else:
+            SelfCheck.decode(data, path)
+            return len(data)
+        fields = decode_record(data, path)
+        with well_formed(path):
             own = f"catalog/{Coverage.from_json(fields['coverage']).hash}.json"
         if path != own:
             raise _damaged(path, f"is the record that belongs under {own}")
@@ -315,6 +329,13 @@ def _whole(blobs: LocalBlobs, entry: FileEntry) -> int:
     if checksum != entry.crc32c:
         raise _damaged(entry.path, f"has crc32c {checksum:08x}, its record {entry.crc32c:08x}")
     return size
+
+
+def _detail(error: Exception) -> str:
+    """What an error says; one that was not raised on purpose also names its type."""
+    if isinstance(error, ActstoreError | OSError):
+        return str(error)
+    return f"cannot be read: {type(error).__name__}: {error}"
 
 
 def _damaged(path: str, what: str) -> StoreDamaged:

@@ -19,15 +19,17 @@ from store_builder import append_plan, build_store, commit_segments, stored_rows
 from actstore.store.blobs import LocalBlobs
 from actstore.store.commits import CommitRecord, lock_segment, read_commits
 from actstore.store.errors import ErrorKind, StoreDamaged, WriteFailed
+from actstore.store.index_file import array_coverage, index_paths, newest_index_file
 from actstore.store.layout import StoredDtype
 from actstore.store.model.pieces import vocabulary_pieces
 from actstore.store.model.readout import read_readout
 from actstore.store.parts import encode_part, part_path
 from actstore.store.publishing import publish_segment, token_id_path
 from actstore.store.reader import StoreReader
-from actstore.store.sections import BLOCK
+from actstore.store.records import decode_record, encode_record
+from actstore.store.sections import BLOCK, SectionFile
 from actstore.store.shards import SegmentBuffer
-from actstore.store.snapshot import compact, newest_snapshot, open_snapshot
+from actstore.store.snapshot import SCHEMA, compact, newest_snapshot, open_snapshot
 from actstore.store.tables import LISTED_ENTRIES
 from actstore.store.verification import verify_store
 from actstore.store.vocabulary import ActivationLocationType
@@ -416,7 +418,8 @@ def test_missing_snapshot_is_made_in_the_cache(
     reader = StoreReader(path)
     opened = open_snapshot(reader)
     assert opened.place == "cache"
-    assert opened.path == cache / "actstore" / reader.manifest.id / f"{opened.coverage.hash}.duckdb"
+    folder = cache / "actstore" / f"{reader.manifest.id}-{reader.plans[0].hash[:12]}"
+    assert opened.path == folder / f"{opened.coverage.hash}-{SCHEMA}.duckdb"
     tables = {table: rows_of(opened.connection, table) for table in TABLES}
     opened.connection.close()
     made = opened.path.stat().st_mtime_ns
@@ -439,6 +442,140 @@ def test_missing_snapshot_is_made_in_the_cache(
     assert {f.suffix for f in opened.path.parent.iterdir()} == {".duckdb", ".json"}
     assert not opened.path.exists()
     wider.connection.close()
+
+
+def test_stores_of_one_model_do_not_evict_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("actstore.store.snapshot.MEMORY_ROWS", 0)
+    one = build_store(tmp_path / "one", some_values(), LENGTHS, commit=[0])
+    other = build_store(tmp_path / "other", some_values(), LENGTHS, commit=[1], seed=5)
+    # A copy of a store goes its own way.
+    copied = Path(shutil.copytree(one, tmp_path / "copied"))
+    commit_segments(one, some_values(), [1])
+    commit_segments(copied, some_values(), [2])
+    readers = [StoreReader(path) for path in (one, other, copied)]
+    assert readers[0].manifest.id == readers[1].manifest.id
+    assert readers[0].plans[0].hash != readers[1].plans[0].hash
+    paths = []
+    for reader in readers:
+        opened = open_snapshot(reader)
+        opened.connection.close()
+        paths.append(opened.path)
+    assert all(path is not None and path.exists() for path in paths)
+    assert len({path.parent for path in paths if path is not None}) == 2
+
+
+def vanishing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make :meth:`LocalBlobs.exists` see ``path`` once more than it is there."""
+    exists = LocalBlobs.exists
+
+    def see(blobs: LocalBlobs, key: str) -> bool:
+        found = exists(blobs, key)
+        if blobs.path(key) == path:
+            path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(LocalBlobs, "exists", see)
+
+
+@pytest.mark.parametrize("suffix", [".duckdb", ".json"])
+def test_reader_that_loses_to_compaction_makes_its_own(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = Path(shutil.copytree(root, tmp_path / "s"))
+    (file,) = (path / "catalog").glob(f"*{suffix}")
+    reader = StoreReader(path)
+    read = LocalBlobs.read
+
+    def remove_and_read(blobs: LocalBlobs, key: str) -> bytes:
+        if suffix == ".json" and blobs.path(key) == file:
+            file.unlink()
+        return read(blobs, key)
+
+    monkeypatch.setattr(LocalBlobs, "read", remove_and_read)
+    if suffix == ".duckdb":
+        vanishing(file, monkeypatch)
+    opened = open_snapshot(reader)
+    assert opened.place == "memory"
+    assert opened.connection.sql("SELECT count(*) FROM tokens").fetchall() == [(TOKENS,)]
+    opened.connection.close()
+    assert not file.exists()
+
+
+def test_reader_that_loses_just_before_connecting_makes_its_own(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(root, tmp_path / "s"))
+    reader = StoreReader(path)
+    connect = duckdb.connect
+
+    def remove_and_connect(name: str, **choices: Any) -> duckdb.DuckDBPyConnection:
+        if name != ":memory:":
+            Path(name).unlink()
+        return connect(name, **choices)
+
+    monkeypatch.setattr(duckdb, "connect", remove_and_connect)
+    opened = open_snapshot(reader)
+    assert opened.place == "memory"
+    opened.connection.close()
+
+
+def test_index_that_compaction_removes_meanwhile_is_passed_over(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(root, tmp_path / "s"))
+    spec = StoreReader(path).array(ActivationLocationType.MLP_POST_ACT).spec
+    (name,) = index_paths(path, spec)
+    (path / name).write_bytes(b"half of a file that is being removed")
+    opened = SectionFile.__init__
+
+    def open_and_remove(file: SectionFile, where: Path, key: str) -> None:
+        try:
+            opened(file, where, key)
+        finally:
+            where.unlink()
+
+    committed = array_coverage(
+        StoreReader(path), StoreReader(path).array(ActivationLocationType.MLP_POST_ACT)
+    )
+    with pytest.raises(StoreDamaged):
+        newest_index_file(path, spec, committed)
+    monkeypatch.setattr(SectionFile, "__init__", open_and_remove)
+    assert newest_index_file(path, spec, committed) is None
+
+
+def test_snapshot_of_another_schema_is_passed_over_and_made_anew(
+    root: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(root, tmp_path / "s"))
+    (file,) = (path / "catalog").glob("*.json")
+    fields = decode_record(file.read_bytes(), file.name)
+    assert fields.pop("schema") == SCHEMA
+    for others in ({}, {"schema": SCHEMA + 1}):
+        file.write_bytes(encode_record({**fields, **others}))
+        assert newest_snapshot(StoreReader(path)) is None
+        opened = open_snapshot(StoreReader(path))
+        assert opened.place == "memory"
+        opened.connection.close()
+        compact(StoreReader(path))
+        assert decode_record(file.read_bytes(), file.name)["schema"] == SCHEMA
+        assert newest_snapshot(StoreReader(path)) is not None
+    assert verify_store(path).ok
+
+
+def test_verify_finds_two_plans_of_one_number(tmp_path: Path) -> None:
+    path = build_store(tmp_path / "s", some_values(), LENGTHS, commit=[0])
+    other = Path(shutil.copytree(path, tmp_path / "other"))
+    append_plan(path, [50, 60])
+    append_plan(other, [50, 60], seed=2)
+    assert verify_store(path).ok
+    (appended,) = (other / "plan").glob("0001-*")
+    shutil.copytree(appended, path / "plan" / appended.name)
+    (finding,) = verify_store(path).findings
+    assert (finding.path, finding.problem) == ("plan", "damaged")
+    assert "does not follow" in finding.detail
 
 
 def test_opening_writes_nothing_to_the_store(

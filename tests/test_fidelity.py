@@ -233,8 +233,8 @@ def test_residuals_and_patterns_equal_those_of_stock_transformers(float32: Inges
 def test_selfcheck_measures_what_is_there(float32: Ingested, float16: Ingested) -> None:
     """The error that a store says of itself: real, kept, and no larger than its dtype's."""
     exact, rounded = (read_selfchecks(found.store.reader.blobs) for found in (float32, float16))
-    assert exact == dict(float32.report.errors)
-    assert set(exact) == {str(place) for place in stored_locations(float32)}
+    assert exact == {f"{at}/forward": error for at, error in float32.report.errors.items()}
+    assert set(exact) == {f"{place}/forward" for place in stored_locations(float32)}
     assert max(exact.values()) <= 1e-5
     assert 2.0**-13 <= max(rounded.values()) <= 2.0**-10
 

@@ -1,11 +1,14 @@
 """What an ingest decides: dtypes, sets, appends, refusals."""
 
+import gc
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_ingest import CORPUS, file_bytes, fresh_copy, tiny_model, tiny_settings
+from tiny_ingest import CORPUS, SEGMENT_ROWS, file_bytes, fresh_copy, tiny_model, tiny_settings
 
 from actstore.ingest.model import LoadedModel, load_model
 from actstore.ingest.pipeline import ingest
@@ -192,6 +195,45 @@ def test_too_much_is_refused_before_anything_is_kept(tmp_path: Path) -> None:
         run(tmp_path / "s", TEXTS, max_bytes=1000)
     assert caught.value.kind is ErrorKind.TOO_LARGE
     assert not (tmp_path / "s").exists()
+
+
+def test_a_refused_worker_leaves_the_plan_of_the_others(tmp_path: Path) -> None:
+    """It reads the corpus while another worker publishes the plan and commits under it."""
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "forward" and done > SEGMENT_ROWS:
+            raise KeyboardInterrupt
+
+    def texts() -> Iterator[str]:
+        yield TEXTS[0]
+        report = ingest(tiny_model(), Corpus(TEXTS), tmp_path / "s", tiny_settings(), stop)
+        assert report.interrupted
+        assert 0 < report.committed < report.segments
+        yield from TEXTS[1:]
+
+    with pytest.raises(IngestStopped, match="max_bytes"):
+        run(tmp_path / "s", texts(), max_bytes=1000)
+    assert verify_store(tmp_path / "s").ok
+    assert run(tmp_path / "s", TEXTS).missing == 0
+
+
+def test_a_refused_append_leaves_the_store_as_it_was(tmp_path: Path) -> None:
+    store = fresh_copy(tmp_path / "s")
+    before = file_bytes(store)
+    with pytest.raises(IngestStopped, match="max_bytes"):
+        run(store, ["quite another text, " * 40], append=True, max_bytes=10)
+    assert file_bytes(store) == before
+    assert verify_store(store).temporary == []
+
+
+def test_an_ingest_leaves_no_file_open(tmp_path: Path) -> None:
+    store = fresh_copy(tmp_path / "s")
+    counts = []
+    for _ in range(3):
+        run(store, str(CORPUS))
+        gc.collect()
+        counts.append(len(os.listdir("/dev/fd")))
+    assert counts[1] == counts[2]
 
 
 def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:

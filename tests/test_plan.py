@@ -1,10 +1,14 @@
 """Plans: every token in its own row, the same bytes every time, resumed or extended safely."""
 
+import errno
+import fcntl
 import json
 import pickle
 import shutil
+import threading
 import tracemalloc
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actstore.store import planning, spool
-from actstore.store.blobs import LocalBlobs
+from actstore.store.blobs import LocalBlobs, Part
 from actstore.store.errors import (
     ErrorKind,
     InvalidInput,
@@ -559,6 +563,119 @@ def test_two_runs_at_once_do_not_both_add_a_plan(tmp_path: Path) -> None:
     with pytest.raises(StoreConflict, match="Another run"):
         plan(tmp_path, interrupted())
     assert len(load_plans(tmp_path)) == 1
+
+
+def appended_at_once(root: Path, patch: pytest.MonkeyPatch, held: str) -> list[Exception]:
+    """Append two corpora from two threads that meet, if they can, before ``held``.
+
+    Returns:
+        what was raised.
+    """
+    plan(root, corpus([20]))
+    plans = load_plans(root)
+    meeting = threading.Barrier(2)
+    publish = LocalBlobs.publish
+    raised: list[Exception] = []
+
+    def publish_together(blobs: LocalBlobs, key: str, parts: Iterable[Part]) -> bool:
+        if key.endswith(held):
+            with suppress(threading.BrokenBarrierError):
+                meeting.wait(0.5)
+        return publish(blobs, key, parts)
+
+    def run(seed: int) -> None:
+        try:
+            build_plan(LocalBlobs(root), CONFIG, corpus([30] * 9, seed), plans, append=True)
+        except StoreConflict as error:
+            raised.append(error)
+
+    patch.setattr(LocalBlobs, "publish", publish_together)
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_of_two_plans_appended_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (error,) = appended_at_once(tmp_path, monkeypatch, "documents.parquet")
+    assert "Another run added a plan" in str(error)
+    assert [one.number for one in load_plans(tmp_path)] == [0, 1]
+    # What was refused has left nothing.
+    assert len(list((tmp_path / "plan").iterdir())) == 2
+
+
+def test_without_locks_one_of_two_plans_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (error,) = appended_at_once(tmp_path, monkeypatch, "plan.json")
+    assert "Another run added a plan" in str(error)
+    kept = [one.record.folder for one in load_plans(tmp_path)]
+    written = sorted(f"plan/{path.name}" for path in (tmp_path / "plan").iterdir())
+    assert kept == written[:2]
+    assert len(written) == 3
+
+
+def test_a_plan_of_another_run_that_stays_is_given_way_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer looked before ours was there, and is at work."""
+    made = [first_plan(tmp_path / str(seed), corpus([30], seed), CONFIG) for seed in (1, 2)]
+    lesser, greater = sorted(made, key=lambda one: one.hash)
+    root = tmp_path / "s"
+    shutil.copytree(greater.root / "plan", root / "plan")
+    monkeypatch.setattr("actstore.store.plan_publication._RIVAL_SECONDS", 0.1)
+    # As a file system without locks may show it: not there before, and there afterwards.
+    monkeypatch.setattr(
+        "actstore.store.plan_publication._require_no_other", lambda root, known: None
+    )
+    seed = 1 + made.index(lesser)
+    with pytest.raises(StoreConflict, match="Another run"):
+        build_plan(LocalBlobs(root), CONFIG, corpus([30], seed), [], append=False)
+    assert [one.hash for one in load_plans(root)] == [greater.hash]
+
+
+class Refused(Exception):
+    pass
+
+
+def refuse(made: Plan) -> None:
+    """Refuse a plan, which is whole by then."""
+    assert made.segment(made.first_segment).n_rows > 0
+    assert not (made.root / made.record_path).exists()
+    raise Refused
+
+
+def test_a_refused_plan_leaves_nothing_that_was_not_there(tmp_path: Path) -> None:
+    documents = corpus([30] * 5)
+    with pytest.raises(Refused):
+        build_plan(
+            LocalBlobs(tmp_path / "new"), CONFIG, documents, [], append=False, approve=refuse
+        )
+    assert not (tmp_path / "new").exists()
+    plan(tmp_path / "s", documents)
+    before = files_of(tmp_path / "s")
+    # Another worker of the same corpus published it meanwhile: nobody is asked.
+    outcome = build_plan(
+        LocalBlobs(tmp_path / "s"), CONFIG, documents, [], append=False, approve=refuse
+    )
+    assert outcome.created is None
+    assert len(outcome.plans) == 1
+    # Another one is about to: its files stay.
+    (record,) = (tmp_path / "s").rglob("plan.json")
+    published = record.read_bytes()
+    record.unlink()
+    with pytest.raises(Refused):
+        build_plan(LocalBlobs(tmp_path / "s"), CONFIG, documents, [], append=False, approve=refuse)
+    record.write_bytes(published)
+    assert files_of(tmp_path / "s") == before
 
 
 def test_progress_and_outcome_count_the_corpus(tmp_path: Path) -> None:

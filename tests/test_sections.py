@@ -4,11 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from store_builder import build_store
 
+from actstore.query.session import Store
 from actstore.store.blobs import LocalBlobs
-from actstore.store.errors import StoreDamaged
+from actstore.store.errors import ActstoreError, StoreDamaged
+from actstore.store.reader import StoreReader
 from actstore.store.records import decode_record, encode_record
 from actstore.store.sections import BLOCK, SectionFile, encode_sections
+from actstore.store.selfcheck import SelfCheck, publish_selfcheck
+from actstore.store.snapshot import compact
+from actstore.store.verification import verify_store
 
 
 def write(path: Path, **arrays: np.ndarray) -> Path:
@@ -113,3 +119,74 @@ def test_sweeping_leaves_live_and_foreign_writers_alone(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     assert blobs.sweep() == [names["dead"]]
     assert set(blobs.listing()) == {names["live"], names["foreign"]}
+
+
+def test_every_substituted_byte_of_a_record_is_damage() -> None:
+    """Long runs of digits: a digit turned into an exponent parses as infinity."""
+    data = encode_record({"hash": "9" * 24, "number": 10**22 + 7, "small": 0.25, "list": [1234567]})
+    decode_record(data, "r")
+    for place in range(len(data)):
+        for byte in range(256):
+            if byte == data[place]:
+                continue
+            changed = data[:place] + bytes([byte]) + data[place + 1 :]
+            with pytest.raises(StoreDamaged):
+                decode_record(changed, "r")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"a":1234E678901,"crc32c":"00000000"}\n',
+        b'{"a":"\\ud800","crc32c":"00000000"}\n',
+        b"[" * 100_000,
+        b'["crc32c"]\n',
+        b"3\n",
+        b"\xff\xfe",
+    ],
+)
+def test_bytes_that_are_no_record_are_damage(data: bytes) -> None:
+    with pytest.raises(StoreDamaged):
+        decode_record(data, "r")
+
+
+def test_record_in_the_place_of_any_other_is_damage(tmp_path: Path) -> None:
+    """A sound file under another's name: a finding of verify, and an error made for it."""
+    path = build_store(tmp_path / "store", {"mlp_post_act": np.ones((1, 20, 4))}, [20])
+    blobs = LocalBlobs(path)
+    key = "mlp_post_act/forward"
+    publish_selfcheck(blobs, SelfCheck((0,), {key: "float16"}, {key: 0.25}))
+    compact(StoreReader(path))
+    assert verify_store(path).ok
+    records = {
+        name: blobs.read(name)
+        for name in blobs.listing()
+        if name.endswith((".json", ".sections")) and "/model/" not in name
+    }
+    places = [
+        *(name for name in records if not name.endswith("zarr.json")),
+        "catalog/x.json",
+        "selfcheck/x.json",
+        "commits/base/000099.json",
+        "commits/x/set.json",
+        "plan/0001-000000000000/plan.json",
+        "zones/mlp_post_act/forward/index-0123456789abcdef.sections",
+    ]
+    for place in places:
+        for name, data in records.items():
+            if name == place:
+                continue
+            blobs.replace(place, data)
+            report = verify_store(path)
+            assert not report.ok, (name, place)
+            assert place in {found.path for found in report.findings}, (name, place)
+            try:
+                with Store(path) as store:
+                    assert store.locations
+            except ActstoreError:
+                pass
+            if place in records:
+                blobs.replace(place, records[place])
+            else:
+                blobs.delete(place)
+    assert verify_store(path).ok

@@ -341,7 +341,8 @@ def test_info_counts_what_is_committed(world: World) -> None:
 def test_a_measured_error_is_named(tmp_path: Path) -> None:
     values = {"mlp_post_act": np.zeros((1, 100, 4))}
     path = build_store(tmp_path / "store", values, [100])
-    publish_selfcheck(LocalBlobs(path), SelfCheck((0,), {"mlp_post_act": 0.00031}))
+    key = "mlp_post_act/forward"
+    publish_selfcheck(LocalBlobs(path), SelfCheck((0,), {key: "float16"}, {key: 0.00031}))
     store = Store(path)
     assert store.raw("mlp_post_act").source == "stored float16 (measured error 3.1e-04)"
     assert store.locations["mlp_post_act"].measured_error == 0.00031

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from store_builder import build_store, commit_segments, stored_rows
 
 from actstore.query.session import Store
-from actstore.store.errors import InvalidInput, StoreDamaged
+from actstore.store.errors import InvalidInput, StoreDamaged, Unavailable
 from actstore.store.index_file import publish_index
 
 SEGMENT = 512
@@ -34,6 +34,9 @@ def hard_values(rng: np.random.Generator, tokens: int) -> npt.NDArray[np.float32
     values[:, 100:120, 8] = 9.0  # a burst: more than a segment's list holds, all tied
     values[0, :, 9] = np.linspace(-3, 3, tokens)  # the best all in the last segment
     values[:, :, 10] = 0
+    values[:, :, 11] = -np.inf
+    values[:, 512:1024, 12] = -np.inf
+    values[:, ::3, 13] = -3e38  # minus infinity as float16, and when scaled
     return values
 
 
@@ -144,7 +147,7 @@ queries = st.fixed_dictionaries(
         "k": st.sampled_from([1, 3, 8, 20, 100, 2000]),
         "layers": st.sampled_from([None, 0, [1], [0, 1]]),
         "neurons": st.none()
-        | st.lists(st.integers(0, 10), min_size=1, max_size=4, unique=True)
+        | st.lists(st.integers(0, 13), min_size=1, max_size=4, unique=True)
         | st.lists(st.integers(0, NEURONS - 1), min_size=1, max_size=6, unique=True),
         "largest": st.booleans(),
         "special": st.booleans(),
@@ -245,7 +248,7 @@ def test_topk_equals_brute_force(
     )
     assert got(result) == expected
     certificate = result.certificate
-    assert certificate.plan in ("lists", "lists+bounds", "bounds")
+    assert certificate.plan in ("lists", "lists+bounds", "bounds", "rows")
     assert certificate.rows == allowed_rows(truth, query["where"], query["special"]).sum()
     assert certificate.rows + sum(certificate.rows_excluded.values()) == len(truth.rows)
 
@@ -293,6 +296,68 @@ def test_per_group_answers_are_each_groups_own(
                 distinct=None,
             )
     assert result == expected
+
+
+def test_many_groups_are_answered_by_one_scan(stores: dict[str, tuple[Store, Truth]]) -> None:
+    store, truth = stores["float16"]
+    # Deeper than any list is proven, and more groups than are searched one by one.
+    result = store.topk("mlp_post_act", k=200, per="neuron")
+    assert result.certificate.plan == "scan"
+    expected = []
+    for layer in range(LAYERS):
+        for neuron in range(NEURONS):
+            expected += truth.rank(
+                np.ones((LAYERS, NEURONS)),
+                k=200,
+                allowed=allowed_rows(truth, None, False),
+                pairs=pair_mask({"layers": layer, "neurons": [neuron], "units": None}),
+                largest=True,
+                by="value",
+                distinct=None,
+            )
+    assert got(result) == expected
+
+
+def test_a_selective_predicate_reads_the_rows(stores: dict[str, tuple[Store, Truth]]) -> None:
+    store, truth = stores["float32"]
+    result = store.topk("mlp_post_act", k=500, where="score = 3 AND position = 7")
+    assert result.certificate.plan == "rows"
+    assert result.certificate.pages_read == 0
+    allowed = allowed_rows(truth, "score = 3", False) & (truth.position == 7)
+    expected = truth.rank(
+        np.ones((LAYERS, NEURONS)),
+        k=500,
+        allowed=allowed,
+        pairs=np.ones((LAYERS, NEURONS), bool),
+        largest=True,
+        by="value",
+        distinct=None,
+    )
+    assert got(result) == expected
+
+
+def test_before_the_first_commit_there_is_no_answer(tmp_path: Path) -> None:
+    path = build_store(tmp_path / "store", {"mlp_post_act": np.zeros((1, 90, 4))}, [90], commit=[])
+    with Store(path) as store:
+        with pytest.raises(Unavailable, match="no committed segment"):
+            store.topk("mlp_post_act")
+        with pytest.raises(Unavailable, match="no committed segment"):
+            store.examples("mlp_post_act", (0, 1))
+
+
+@pytest.mark.parametrize("k", [5, 20, 1000])
+def test_quantiles_of_few_rows_are_all_of_them(
+    stores: dict[str, tuple[Store, Truth]], k: int
+) -> None:
+    store, _ = stores["float16"]
+    rows = store.sql("SELECT token FROM tokens WHERE NOT special LIMIT 7").fetchall()
+    where = f"token IN ({', '.join(str(row[0]) for row in rows)})"
+    found = store.examples("mlp_post_act", (0, 0), k=k, kind="quantile", distinct=None, where=where)
+    assert len(found) == min(k, 7)
+    shares = [example.quantile for example in found]
+    assert shares == sorted(shares, key=lambda share: -(share or 0))
+    assert (shares[0] or 0) > 0.8
+    assert (shares[-1] or 1) < 0.2
 
 
 def test_rows_carry_their_place_and_text(stores: dict[str, tuple[Store, Truth]]) -> None:
@@ -391,6 +456,10 @@ def test_random_and_quantile_examples(stores: dict[str, tuple[Store, Truth]]) ->
         ({"where": "nonsense > 2"}, InvalidInput, "nonsense"),
         ({"where": "1; DROP TABLE tokens"}, InvalidInput, "DROP TABLE"),
         ({"units": "nonsense"}, InvalidInput, "nonsense"),
+        ({"units": [3, 4]}, InvalidInput, "units holds 3"),
+        ({"k": 2.5}, InvalidInput, "k is 2.5"),
+        ({"where": 5}, InvalidInput, "where is 5"),
+        ({"layers": 1.0}, InvalidInput, "layers names 1.0"),
         ({"by": "magnitude", "largest": False}, InvalidInput, "magnitude"),
     ],
 )

@@ -21,7 +21,7 @@ from actstore.store.errors import ErrorKind, InvalidInput, StoreDamaged, Unavail
 from actstore.store.model.architecture import Architecture, WeightSource, architecture_of
 from actstore.store.model.dimensions import ModelDimensions
 from actstore.store.model.parameters import ParameterFile, ParameterSource
-from actstore.store.records import decode_record, encode_record
+from actstore.store.records import decode_record, encode_record, well_formed
 from actstore.store.vocabulary import ActivationLocationType, WeightLocationType
 
 __all__ = [
@@ -82,14 +82,15 @@ class ModelSnapshot:
         """Read and verify the record of the store at ``root``.
 
         Raises:
-            StoreDamaged: it is missing or fails its checksum.
+            StoreDamaged: it is missing, fails its checksum, or is a record of another sort.
         """
         path = root / SNAPSHOT_KEY
         if not path.is_file():
             raise missing_file(SNAPSHOT_KEY)
         fields = decode_record(path.read_bytes(), SNAPSHOT_KEY)
-        files = {key: FileCheck(**check) for key, check in fields.pop("files").items()}
-        return cls(**fields, files=files)
+        with well_formed(SNAPSHOT_KEY):
+            files = {key: FileCheck(**check) for key, check in fields.pop("files").items()}
+            return cls(**fields, files=files)
 
     def read_file(self, root: Path, key: str) -> bytes:
         """The whole of one of the snapshot's files, verified.
