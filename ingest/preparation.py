@@ -86,11 +86,21 @@ def plan_ingest(
     out: str | Path,
     settings: IngestSettings,
     progress: Progress | None = None,
+    *,
+    needs_room: bool = True,
 ) -> PlannedIngest:
     """Decide everything that an ingest needs; writes the plan and nothing else.
 
     What dead writers left is swept first. A plan is published only when there is room for
     what it asks for, so a refused ingest takes nothing from workers that share its plan.
+
+    Args:
+        loaded: the model.
+        corpus: what to read.
+        out: the store's directory.
+        settings: locations, context, dtype and the rest.
+        progress: told how far the planning is.
+        needs_room: refuse what does not fit; an estimate only asks.
 
     Raises:
         StoreConflict: the path holds a store of another model, config or corpus.
@@ -117,7 +127,7 @@ def plan_ingest(
 
     def decide(plans: Sequence[Plan]) -> None:
         works.append(_work(loaded, settings, blobs, plans))
-        if works[-1].remaining:
+        if needs_room and works[-1].remaining:
             require_space(works[-1].size, blobs.root, settings.max_bytes)
 
     plans = load_plans(blobs.root)

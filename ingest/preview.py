@@ -122,7 +122,7 @@ def preview(
         root.mkdir()
         if out is not None:
             _mirror(target, root)
-        planned = plan_ingest(loaded, corpus, root, settings, progress)
+        planned = plan_ingest(loaded, corpus, root, settings, progress, needs_room=False)
         estimate = _size(planned).estimate(
             seconds=None, rerun_seconds=None, free_bytes=free_space(target)
         )
@@ -365,7 +365,7 @@ def _sample_plan(planned: PlannedIngest, folder: Path) -> Plan:
         append=False,
     )
     ids = _sequences(plan.segment(number), rows)
-    sample = plan_ingest(planned.loaded, Corpus(ids), folder, settings)
+    sample = plan_ingest(planned.loaded, Corpus(ids), folder, settings, needs_room=False)
     return sample.outcome.plans[0]
 
 

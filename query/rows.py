@@ -21,6 +21,10 @@ from actstore.store.reader import StoreReader
 __all__ = ["RowMap", "Rows", "SequenceRows"]
 
 
+_SINGLE_ROWS = 256
+"""Rows whose token ids are read one by one: an answer's, not a tensor's."""
+
+
 @dataclass(frozen=True)
 class SequenceRows:
     """Where one sequence lies.
@@ -74,6 +78,7 @@ class RowMap:
         self._reader = reader
         self._max_rows = max_rows
         self._committed = set(reader.segments)
+        self._filled: dict[int, npt.NDArray[np.int64]] = {}
 
     @cached_property
     def n_sequences(self) -> int:
@@ -193,7 +198,18 @@ class RowMap:
 
     def token_ids(self, rows: Rows) -> npt.NDArray[np.int64]:
         """The vocabulary's number of each row's token."""
+        if len(rows) <= _SINGLE_ROWS:
+            return np.array([self._token_id(int(row)) for row in rows.token], np.int64)
         return self._gather(rows, lambda plan: plan.token_ids).astype(np.int64)
+
+    def _token_id(self, row: int) -> int:
+        """One row's token, without building the plan of its whole segment."""
+        segment, offset = divmod(row, self._reader.segment_rows)
+        plan = self._reader.plan_of(segment)
+        if plan.number not in self._filled:
+            self._filled[plan.number] = np.append(0, np.cumsum(plan.filled_rows()))
+        start = int(self._filled[plan.number][segment - plan.first_segment]) + offset
+        return int(plan.token_ids(start, start + 1)[0])
 
     def _gather(
         self, rows: Rows, column: Callable[[SegmentPlan], npt.NDArray[Any]]

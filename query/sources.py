@@ -20,6 +20,7 @@ from actstore.query.derived.registry import SCALARS
 from actstore.query.reconstruction import RECIPES, Recipe, Setting, WeightName
 from actstore.query.rows import SequenceRows
 from actstore.store.errors import ErrorKind, Unavailable
+from actstore.store.model.dimensions import ModelDimensions
 from actstore.store.model.readout import READOUT_KEY
 from actstore.store.model.weights import ModelWeights, open_model
 from actstore.store.reader import StoreReader
@@ -62,15 +63,20 @@ class Sources:
         """The model that the store keeps."""
         return open_model(self.reader.root)
 
+    @cached_property
+    def dimensions(self) -> ModelDimensions:
+        """The model's sizes, as the manifest has them: known without its weights."""
+        return ModelDimensions(**self.reader.manifest.model["dimensions"])
+
     @property
     def n_layers(self) -> int:
         """Blocks of the model."""
-        return self.model.dimensions.n_layers
+        return self.dimensions.n_layers
 
     def unit_shape(self, axes: Sequence[Dimension], attended: int | None = None) -> tuple[int, ...]:
         """Lengths of unit axes; an attended axis has the store's context, or ``attended``."""
         context = int(self.reader.manifest.config["context"]) if attended is None else attended
-        dimensions = self.model.dimensions
+        dimensions = self.dimensions
         return tuple(
             context if axis is Dimension.ATTENDED else dimensions.size(axis) for axis in axes
         )
@@ -80,9 +86,7 @@ class Sources:
         key = (declared.name, layer)
         if key not in self._coefficients:
             columns = int(np.prod(self.unit_shape(declared.axes)))
-            factors = unit_coefficients(
-                declared, layer, self.model.dimensions, self._readout, columns
-            )
+            factors = unit_coefficients(declared, layer, self.dimensions, self._readout, columns)
             factors.setflags(write=False)
             self._coefficients[key] = factors
         return self._coefficients[key]

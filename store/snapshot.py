@@ -368,8 +368,8 @@ def _remove_snapshots(blobs: LocalBlobs, coverage: Coverage, committed: Coverage
     names = {path.name for path in blobs.path(folder).glob("*.duckdb")}
     databases = {f"{folder}{name}" for name in names}
     wanted = {f"{record.removesuffix('.json')}.duckdb" for record in kept}
-    # The database first: a record without one is passed over, the reverse would be unknown.
-    for path in [*sorted(databases - wanted), *sorted(set(_records(blobs, folder)) - kept)]:
+    # The record first: a killed run then leaves a database that nobody names, and no damage.
+    for path in [*sorted(set(_records(blobs, folder)) - kept), *sorted(databases - wanted)]:
         blobs.delete(path)
         removed.append(path)
     return removed

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -208,7 +209,10 @@ def _serve(folder: Path) -> None:
         answer: dict[str, Any] = {}
         if "start" in request:
             outcome = folder / f"outcome-{number}.json"
-            pid = os.fork()
+            with warnings.catch_warnings():
+                # Idle threads of the libraries' own are no danger to what the child does.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
             if pid == 0:
                 try:
                     os._exit(_run_child(_order(request["start"]), loaded, outcome))

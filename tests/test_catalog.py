@@ -383,6 +383,29 @@ def test_superseded_files_go_and_open_ones_stay_readable(tmp_path: Path) -> None
     again.connection.close()
 
 
+def test_a_compaction_killed_while_it_removes_leaves_a_sound_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build_store(tmp_path / "s", some_values(), LENGTHS, commit=[0, 1])
+    compact(StoreReader(path))
+    commit_segments(path, some_values())
+    delete = LocalBlobs.delete
+
+    def delete_and_die(blobs: LocalBlobs, key: str) -> None:
+        delete(blobs, key)
+        if key.startswith("catalog/"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalBlobs, "delete", delete_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            compact(StoreReader(path))
+    report = verify_store(path)
+    assert report.ok, report.findings
+    compact(StoreReader(path))
+    assert verify_store(path).temporary == []
+
+
 def test_older_snapshot_is_found_but_not_used_alone(tmp_path: Path) -> None:
     path = build_store(tmp_path / "s", some_values(), LENGTHS, commit=[0, 1])
     assert newest_snapshot(StoreReader(path)) is None
@@ -450,7 +473,7 @@ def test_stores_of_one_model_do_not_evict_each_other(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("actstore.store.snapshot.MEMORY_ROWS", 0)
     one = build_store(tmp_path / "one", some_values(), LENGTHS, commit=[0])
-    other = build_store(tmp_path / "other", some_values(), LENGTHS, commit=[1], seed=5)
+    other = build_store(tmp_path / "other", some_values(), LENGTHS[::-1], commit=[1])
     # A copy of a store goes its own way.
     copied = Path(shutil.copytree(one, tmp_path / "copied"))
     commit_segments(one, some_values(), [1])

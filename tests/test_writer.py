@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -91,7 +92,7 @@ def test_waiting_caller_learns_of_a_failed_write(
     publisher.error = read_only(tmp_path)
     done: list[int] = []
     for number in range(2):
-        writer.submit("hash", writer.reserve(plan), lambda number=number: done.append(number))
+        writer.submit("hash", writer.reserve(plan), partial(done.append, number))
     waiting: list[BaseException | None] = []
     thread = Thread(target=lambda: waiting.append(outcome(lambda: writer.reserve(plan))))
     thread.start()
