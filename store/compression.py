@@ -16,12 +16,13 @@ from numcodecs.zstd import Zstd
 from actstore.store.blobs import Part
 from actstore.store.errors import ErrorKind, StoreDamaged
 
-__all__ = ["ZSTD_LEVEL", "compressed_shard", "decode_chunk", "parse_index"]
+__all__ = ["MISSING_CHUNK", "ZSTD_LEVEL", "compressed_shard", "decode_chunk", "parse_index"]
 
 ZSTD_LEVEL = 1
 """The fastest: higher levels gained nothing on patterns."""
 
-MISSING = 2**64 - 1
+MISSING_CHUNK = 2**64 - 1
+"""Offset and length of a chunk that is left out, as Zarr's shard index spells it."""
 
 
 def compressed_shard(chunks: npt.NDArray[Any], index_shape: tuple[int, int, int]) -> Iterator[Part]:
@@ -32,7 +33,7 @@ def compressed_shard(chunks: npt.NDArray[Any], index_shape: tuple[int, int, int]
         index_shape: chunks of a whole shard along layers, rows and columns.
     """
     codec = Zstd(level=ZSTD_LEVEL)
-    index = np.full((*index_shape, 2), MISSING, "<u8")
+    index = np.full((*index_shape, 2), MISSING_CHUNK, "<u8")
     offset = 0
     for place in np.ndindex(*chunks.shape[:3]):
         data = bytes(codec.encode(np.ascontiguousarray(chunks[place])))

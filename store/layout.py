@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actstore.store.compression import ZSTD_LEVEL
+from actstore.store.compression import MISSING_CHUNK, ZSTD_LEVEL
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.records import canonical_json
 from actstore.store.vocabulary import ActivationLocationType, Dimension, PassType
@@ -45,7 +45,6 @@ _PAIR_CHUNK_ROWS = 64
 _CHECKSUM_BYTES = 4096
 _CHECKSUM_ROWS = 64
 _SHARD_BYTES = 256 * 2**20
-_MISSING = 2**64 - 1
 _ZSTD = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
 
 TOKEN_ID_FILL = -1
@@ -250,7 +249,7 @@ class ArraySpec:
             uint64 ``(layers_per_shard * row_chunks * column_chunks, 2)``.
         """
         present = self.present_row_chunks(rows)
-        index = np.full((*self.index_shape, 2), _MISSING, np.uint64)
+        index = np.full((*self.index_shape, 2), MISSING_CHUNK, np.uint64)
         layers = len(self.shard_layers(shard))
         count = layers * present * self.column_chunks
         offsets = np.arange(count, dtype=np.uint64) * np.uint64(self.chunk_bytes)

@@ -16,6 +16,7 @@ from crc32c import crc32c
 
 from actstore.store.blobs import LocalBlobs, Part
 from actstore.store.commits import CommitRecord, publish_commit
+from actstore.store.compression import MISSING_CHUNK
 from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.layout import (
     TOKEN_ID_FILL,
@@ -44,7 +45,6 @@ BASE_SET = "base"
 """The set that ingest writes first; parts and ``token_id`` are among its files."""
 
 _SLICE = 4 * 2**20
-_MISSING = 2**64 - 1
 
 
 def publish_segment(
@@ -243,7 +243,7 @@ def _token_id_parts(token_ids: npt.NDArray[Any], segment_rows: int) -> Iterator[
     values = np.full(present * chunk, TOKEN_ID_FILL, "<i4")
     values[: len(token_ids)] = token_ids
     yield values.view(np.uint8).data
-    index = np.full((segment_rows // chunk, 2), _MISSING, "<u8")
+    index = np.full((segment_rows // chunk, 2), MISSING_CHUNK, "<u8")
     index[:present, 0] = np.arange(present) * 4 * chunk
     index[:present, 1] = 4 * chunk
     yield index.tobytes()
