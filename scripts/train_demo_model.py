@@ -255,7 +255,9 @@ def train(options: argparse.Namespace) -> None:
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * rate_factor(step, steps)
             optimizer.zero_grad()
-        loss = next_token_loss(model, next(batches))
+        # Weights, gradients and updates stay float32; a quarter less time on one core.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = next_token_loss(model, next(batches))
         torch.autograd.backward(loss)
         for optimizer in optimizers:
             optimizer.step()
@@ -289,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small GPT-2 that actstore ships.")
     add = parser.add_argument
     add("--out", type=Path, default=DEMO_MODEL, help="folder to write the model to")
-    add("--steps", type=int, default=4300, help="updates of 16 x 256 tokens")
+    add("--steps", type=int, default=6000, help="updates of 16 x 256 tokens")
     add("--seed", type=int, default=0, help="for the initial weights and the order")
     add("--every", type=int, default=250, help="steps between held-out losses and checkpoints")
     add("--checkpoint", type=Path, help="file to keep the run's state in, and to resume from")

@@ -48,12 +48,12 @@ class TellingNeuron:
 
 
 TELLING_NEURONS: Final[tuple[TellingNeuron, ...]] = (
-    TellingNeuron(2, 375, "`import` that opens a statement"),
-    TellingNeuron(1, 495, "the comma within `isinstance(...)`"),
-    TellingNeuron(3, 142, "the bracket that closes `len(...)` in a comparison"),
-    TellingNeuron(2, 398, "inside a name between double underscores: `__iter__`"),
-    TellingNeuron(1, 221, "what opens the message of a raised exception"),
-    TellingNeuron(2, 52, "how a docstring starts"),
+    TellingNeuron(3, 184, "inside a name between double underscores: `__eq__`"),
+    TellingNeuron(2, 70, "the `for` of a comprehension"),
+    TellingNeuron(1, 471, "`None` as the default of a keyword argument"),
+    TellingNeuron(2, 361, "inside the name of a function that is being defined"),
+    TellingNeuron(2, 431, "the message of a raised exception"),
+    TellingNeuron(1, 432, "the comma within `isinstance(...)`"),
 )
 """Neurons of the shipped model that the demonstration shows, the plainest first."""
 
