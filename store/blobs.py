@@ -17,7 +17,7 @@ from zlib import crc32
 
 from actstore.store.errors import ErrorKind, StoreDamaged, WriteFailed
 
-__all__ = ["TEMPORARY_MARK", "Blobs", "LocalBlobs", "Part"]
+__all__ = ["TEMPORARY_MARK", "Blobs", "LocalBlobs", "Part", "make_durable"]
 
 Part = bytes | bytearray | memoryview
 """A piece of a file on its way to disk."""
@@ -92,7 +92,7 @@ class LocalBlobs:
         final = self.path(key)
         temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{writer_id()}-{uuid.uuid4().hex}")
         try:
-            _make_durable(final.parent)
+            make_durable(final.parent)
             try:
                 _write_synced(temporary, parts)
                 try:
@@ -114,7 +114,7 @@ class LocalBlobs:
         final = self.path(key)
         temporary = final.with_name(f"{final.name}{TEMPORARY_MARK}{writer_id()}-{uuid.uuid4().hex}")
         try:
-            _make_durable(final.parent)
+            make_durable(final.parent)
             try:
                 _write_synced(temporary, [data])
                 temporary.rename(final)
@@ -202,8 +202,12 @@ def _write_synced(path: Path, parts: Iterable[Part]) -> None:
         os.fsync(file.fileno())
 
 
-def _make_durable(folder: Path) -> None:
-    """Make a directory; sync the parent of each one that was not there."""
+def make_durable(folder: Path) -> None:
+    """Make a directory; sync the parent of each one that was not there.
+
+    Every directory of a store is made here: what is published below one later only syncs the
+    names that were missing then.
+    """
     made = []
     missing = folder
     while not missing.exists():
@@ -213,8 +217,9 @@ def _make_durable(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for directory in reversed(made):
-        # Outside the store a parent may be writable and yet not readable, so not syncable.
-        with suppress(PermissionError):
+        # Outside the store a parent may be writable and yet not readable, so not syncable. And
+        # another run may have removed what was empty: then whoever needs it fails, or repeats.
+        with suppress(PermissionError, FileNotFoundError):
             _sync_directory(directory.parent)
 
 

@@ -11,10 +11,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actstore.store.blobs import LocalBlobs, write_failed
+from crc32c import crc32c
+
+from actstore.store.blobs import LocalBlobs, make_durable, write_failed
 from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.manifest import FileEntry
 from actstore.store.records import decode_record, encode_record, well_formed
@@ -60,6 +63,11 @@ class CommitRecord:
             }
         )
 
+    @cached_property
+    def checksum(self) -> int:
+        """crc32c of the record's bytes."""
+        return crc32c(self.encode())
+
     @classmethod
     def decode(cls, data: bytes, name: str) -> "CommitRecord":
         """Parse and verify a record.
@@ -84,6 +92,8 @@ class CommitRecord:
                 f"{name} holds the record of {path}. Run `actstore verify`.",
                 kind=ErrorKind.MALFORMED_FILE,
             )
+        # A record has one encoding, which these bytes were just compared with.
+        vars(record)["checksum"] = crc32c(data)
         return record
 
 
@@ -121,7 +131,7 @@ def lock_segment(root: Path, name: str, segment: int) -> Iterator[bool]:
     """
     path = root / "locks" / f"{name}-{segment:06d}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_durable(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise write_failed(path, error) from error

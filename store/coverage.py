@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from crc32c import crc32c
-
 from actstore.store.commits import CommitRecord
 from actstore.store.records import canonical_json
 
@@ -40,7 +38,7 @@ class Coverage:
     @classmethod
     def of(cls, commits: Iterable[CommitRecord]) -> "Coverage":
         """The coverage of something made from ``commits``."""
-        covered = (CoveredRecord(c.set, c.segment, crc32c(c.encode())) for c in commits)
+        covered = (CoveredRecord(c.set, c.segment, c.checksum) for c in commits)
         return cls(tuple(sorted(covered)))
 
     @classmethod

@@ -45,6 +45,7 @@ class ErrorKind(StrEnum):
     INVALID_CORPUS = "invalid_corpus"
     TOKEN_OUT_OF_VOCABULARY = "token_out_of_vocabulary"
     UNSUPPORTED_MODEL = "unsupported_model"
+    UNSUPPORTED_AUTOENCODER = "unsupported_autoencoder"
     CONFIG_CONFLICT = "config_conflict"
     CORPUS_CONFLICT = "corpus_conflict"
     NOT_A_STORE = "not_a_store"

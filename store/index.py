@@ -6,6 +6,7 @@ it does not cover, so its readers see every committed segment and need not know 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +48,8 @@ class _Source(Protocol):
     def lists(self, layer: int, tail: Tail, units: Units | None) -> UnitLists: ...
 
     def bounds(self, layer: int, units: Units | None) -> npt.NDArray[np.signedinteger]: ...
+
+    def counts(self, layer: int, unit: int) -> npt.NDArray[np.int64]: ...
 
 
 class UnitIndex:
@@ -104,6 +107,16 @@ class UnitIndex:
         bounds = np.concatenate([empty, *parts], axis=2)[:, :, self._order]
         return SegmentBounds(self.segments, *(bounds[:, number] for number in range(4)))
 
+    @cached_property
+    def ordinary_rows(self) -> int:
+        """Ordinary rows of the segments: each is a value or a NaN of any one unit.
+
+        Raises:
+            StoreDamaged: a block of an index or zone file fails its checksum.
+        """
+        counts = [source.counts(0, 0) for source in self._sources]
+        return sum(int(values + nan) for values, _, nan in counts)
+
     def statistics(self, layer: int) -> UnitStatistics:
         """Counts and moments of every unit of a layer over ordinary rows.
 
@@ -155,6 +168,14 @@ class _Fold:
     def bounds(self, layer: int, units: Units | None) -> npt.NDArray[np.signedinteger]:
         bounds = self._layer(layer).bounds
         return bounds if units is None else bounds[units]
+
+    def counts(self, layer: int, unit: int) -> npt.NDArray[np.int64]:
+        files = (self._array.zones(segment) for segment in self.segments)
+        total: npt.NDArray[np.int64] = sum(
+            (file.row("counts", layer, unit).astype(np.int64) for file in files),
+            np.zeros(3, np.int64),
+        )
+        return total
 
     def _layer(self, layer: int) -> LayerIndex:
         return self._cache.get(str(layer), lambda: fold_layer(self._array, self.segments, layer))

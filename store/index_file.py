@@ -18,6 +18,7 @@ section, per layer   shape                   meaning
 ===================  ======================  ==============================================
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -104,6 +105,10 @@ class IndexFile:
         """Keys ``(unit, 4, segment)`` of some units, or of all."""
         return self._units(f"bounds.{layer}", units)
 
+    def counts(self, layer: int, unit: int) -> npt.NDArray[np.int64]:
+        """Ordinary values, those above 0 and NaN of one unit, int64 ``(3,)``."""
+        return self._file.row(f"counts.{layer}", unit)
+
     def moments(self, layer: int) -> Moments:
         """Moments ``(unit, 4)`` and counts ``(unit, 3)``."""
         return self._file.read(f"moments.{layer}"), self._file.read(f"counts.{layer}")
@@ -175,11 +180,15 @@ def array_coverage(reader: StoreReader, array: StoredArray) -> Coverage:
 
 def index_paths(root: Path, spec: ArraySpec) -> list[str]:
     """The compacted files of an array at this moment."""
-    folder = root / f"zones/{spec.key}"
+    folder = f"zones/{spec.key}"
+    try:
+        names = os.listdir(root / folder)
+    except FileNotFoundError:
+        return []
     return sorted(
-        f"zones/{spec.key}/{path.name}"
-        for path in folder.glob("index-*.sections")
-        if TEMPORARY_MARK not in path.name
+        f"{folder}/{name}"
+        for name in names
+        if name.startswith("index-") and name.endswith(".sections") and TEMPORARY_MARK not in name
     )
 
 

@@ -18,6 +18,9 @@ Moments = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 _GROUP = 64
 """Segments whose lists are merged at once: bounds the memory, whatever the corpus."""
 
+_LEAST_DEPTH = 32
+"""Entries that lists have at least where the segments give so many: a usual question's worth."""
+
 
 @dataclass(frozen=True)
 class LayerIndex:
@@ -45,8 +48,13 @@ class LayerIndex:
 
 
 def list_depth(segments: int) -> int:
-    """Entries that the merged lists of so many segments can have."""
-    return min(LIST_DEPTH, LIST_LENGTH * segments)
+    """Entries of the merged lists of so many segments.
+
+    Where values fall evenly, about 2.5 entries a segment come before some segment's list ends,
+    and are proven. More of them would only cost space: a list that is read whole makes up most
+    of the index of a store below a million rows.
+    """
+    return min(LIST_DEPTH, LIST_LENGTH * segments, max(_LEAST_DEPTH, 5 * segments // 2))
 
 
 def fold_layer(
@@ -73,12 +81,17 @@ def fold_layer(
     depth = list_depth(before + len(segments))
     mergers = {tail: ListMerger(units, spec.dtype, tail, depth) for tail in TAILS}
     bounds = np.empty((units, 4, before + len(segments)), spec.dtype.keys)
+    listed = list(segments)
     if beginning is not None:
-        mergers["top"].add_lists(beginning.top)
-        mergers["low"].add_lists(beginning.low)
         bounds[:, :, :before] = beginning.bounds
-    for start in range(0, len(segments), _GROUP):
-        group = segments[start : start + _GROUP]
+        # A list that was cut shorter than ours may lack entries that belong into it.
+        if beginning.top.keys.shape[1] >= min(depth, LIST_LENGTH * before):
+            mergers["top"].add_lists(beginning.top)
+            mergers["low"].add_lists(beginning.low)
+        else:
+            listed = array.segments[: before + len(segments)]
+    for start in range(0, len(listed), _GROUP):
+        group = listed[start : start + _GROUP]
         files = [array.zones(segment) for segment in group]
         first = np.array(group, np.int64)[None, :, None] * spec.segment_rows
         counts = np.stack([file.row("counts", layer) for file in files], axis=1)
@@ -87,8 +100,8 @@ def fold_layer(
             keys = np.stack([file.row(f"{tail}_key", layer) for file in files], axis=1)
             rows = np.stack([file.row(f"{tail}_row", layer) for file in files], axis=1)
             merger.add(keys, rows + first, has_more)
-        for number, file in enumerate(files):
-            bounds[:, :, before + start + number] = file.row("segment", layer)
+    for number, segment in enumerate(segments, before):
+        bounds[:, :, number] = array.zones(segment).row("segment", layer)
     folded = None if beginning is None else (beginning.moments, beginning.counts)
     moments, counts = fold_moments(array, segments, layer, folded)
     return LayerIndex(mergers["top"].lists, mergers["low"].lists, bounds, moments, counts)

@@ -98,7 +98,9 @@ class ArraySpec:
         unit_shape: sizes of the axes after the token axis.
         dtype: how values are stored.
         segment_rows: S, token rows of a segment; a multiple of 512.
-        variant: name of the set, where another set has an array of the same place.
+        variant: name of the set, where another set has an array of the same place; gradients
+            outside the base set always have it.
+        objective: name of what a backward array is the gradient of; None of a forward one.
     """
 
     location: ActivationLocationType
@@ -108,8 +110,15 @@ class ArraySpec:
     dtype: StoredDtype
     segment_rows: int
     variant: str = ""
+    objective: str | None = None
 
     def __post_init__(self) -> None:
+        if self.objective is not None and self.pass_type is not PassType.BACKWARD:
+            raise InvalidInput(
+                f"{self.location}/{self.pass_type} has the objective {self.objective!r}; only a "
+                "backward array has one.",
+                kind=ErrorKind.INVALID_ARGUMENT,
+            )
         if self.segment_rows <= 0 or self.segment_rows % PAGE_ROWS:
             raise InvalidInput(
                 f"segment_rows is {self.segment_rows}; it must be a multiple of {PAGE_ROWS}.",
@@ -259,7 +268,7 @@ class ArraySpec:
 
     def to_json(self) -> dict[str, Any]:
         """The members of a set record that describe this array."""
-        return {
+        fields = {
             "location": self.location.label,
             "pass": self.pass_type.value,
             "layers": self.layers,
@@ -267,6 +276,7 @@ class ArraySpec:
             "dtype": self.dtype.value,
             "variant": self.variant,
         }
+        return fields if self.objective is None else {**fields, "objective": self.objective}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], segment_rows: int) -> "ArraySpec":
@@ -279,6 +289,7 @@ class ArraySpec:
             dtype=StoredDtype(fields["dtype"]),
             segment_rows=segment_rows,
             variant=fields["variant"],
+            objective=fields.get("objective"),
         )
 
 
@@ -310,6 +321,7 @@ def array_metadata(spec: ArraySpec, segments: int) -> bytes:
             "pass": spec.pass_type.value,
             "logical_dtype": spec.dtype.value,
             "meaning": spec.location.meaning,
+            **({} if spec.objective is None else {"objective": spec.objective}),
         },
     )
 
@@ -326,6 +338,11 @@ def token_id_metadata(segment_rows: int, segments: int) -> bytes:
         dimensions=[Dimension.TOKEN],
         attributes={"meaning": "the vocabulary's number of every row's token"},
     )
+
+
+def _axis_name(dimension: Dimension) -> str:
+    # The heads of keys and values have gone by this name on disk since format 1.
+    return str(Dimension.HEAD if dimension is Dimension.KV_HEAD else dimension)
 
 
 def _metadata(
@@ -361,7 +378,7 @@ def _metadata(
                         },
                     }
                 ],
-                "dimension_names": [str(name) for name in dimensions],
+                "dimension_names": [_axis_name(name) for name in dimensions],
                 "attributes": attributes,
                 "storage_transformers": [],
             }

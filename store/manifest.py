@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actstore.store.blobs import LocalBlobs, missing_file
-from actstore.store.errors import ErrorKind, NotAStore, StoreConflict, StoreDamaged
+from actstore.store.errors import (
+    ErrorKind,
+    InvalidInput,
+    NotAStore,
+    StoreConflict,
+    StoreDamaged,
+)
 from actstore.store.layout import ArraySpec
 from actstore.store.records import (
     canonical_json,
@@ -23,6 +29,7 @@ from actstore.store.records import (
 __all__ = [
     "FORMAT",
     "FileEntry",
+    "LatentSpec",
     "SetRecord",
     "StoreManifest",
     "read_manifest",
@@ -34,6 +41,9 @@ FORMAT = 1
 """The on-disk format that this version writes."""
 
 MANIFEST = "store.json"
+
+LATENT_FOLDER = "latents"
+"""Autoencoders and their latents, in a folder per set."""
 
 
 @dataclass(frozen=True)
@@ -124,36 +134,120 @@ class StoreManifest:
 
 
 @dataclass(frozen=True)
+class LatentSpec:
+    """One autoencoder of a set, and where its latents lie.
+
+    Attributes:
+        layer: the layer that it reads.
+        n_latents: its latents.
+        file: its tensors; the store's own copy.
+        settings: what it is besides its tensors, as ``write_autoencoder`` says it.
+        made_from: the stored arrays that what it reads was made from, by key, and ``token_id``.
+    """
+
+    layer: int
+    n_latents: int
+    file: FileEntry
+    settings: dict[str, Any]
+    made_from: tuple[str, ...]
+
+    @property
+    def location(self) -> str:
+        """Label of what it reads."""
+        return str(self.settings["location"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of its settings and of the values of its tensors, in hex."""
+        return str(self.settings["fingerprint"])
+
+    def to_json(self) -> dict[str, Any]:
+        """The members of a set record that describe this autoencoder."""
+        return {
+            "layer": self.layer,
+            "n_latents": self.n_latents,
+            "file": self.file.to_json(),
+            "settings": self.settings,
+            "made_from": list(self.made_from),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "LatentSpec":
+        """The spec that :meth:`to_json` described."""
+        return cls(
+            fields["layer"],
+            fields["n_latents"],
+            FileEntry.from_json(fields["file"]),
+            dict(fields["settings"]),
+            tuple(fields["made_from"]),
+        )
+
+
+@dataclass(frozen=True)
 class SetRecord:
-    """A named group of arrays with its own commit records.
+    """A named group of arrays, or the latents of autoencoders, with its own commit records.
 
     Attributes:
         name: ``base`` for what ingest wrote first.
         arrays: the arrays whose values are kept.
-        retention: location label -> ``raw``, ``index`` or ``none``.
+        retention: location label -> ``raw``, ``index`` or ``none``; ``<label>/backward`` for
+            gradients.
         replaces: keys of other sets' arrays that this set stores anew, in another dtype.
+        latents: autoencoders of one location, by layer, whose latents are kept.
+        files: further files that belong to the set as a whole.
     """
 
     name: str
     arrays: tuple[ArraySpec, ...]
     retention: dict[str, str]
     replaces: tuple[str, ...] = ()
+    latents: tuple[LatentSpec, ...] = ()
+    files: tuple[FileEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        objectives = {spec.objective for spec in self.arrays if spec.objective is not None}
+        if len(objectives) > 1:
+            raise InvalidInput(
+                f"Set {self.name!r} would hold the gradients of {' and '.join(sorted(objectives))}; "
+                "a set has one objective. Give each a set of its own.",
+                kind=ErrorKind.INVALID_ARGUMENT,
+            )
+        layers = [spec.layer for spec in self.latents]
+        places = {spec.location for spec in self.latents}
+        if layers != sorted(set(layers)) or len(places) > 1 or (layers and self.arrays):
+            raise InvalidInput(
+                f"Set {self.name!r} would hold latents of {', '.join(sorted(places))} at layers "
+                f"{layers}; a set of latents is of one location, a layer once each, and has no "
+                "arrays.",
+                kind=ErrorKind.INVALID_ARGUMENT,
+            )
+
+    @property
+    def objective(self) -> str | None:
+        """Name of what the set's backward arrays are the gradients of; None without any."""
+        return next((spec.objective for spec in self.arrays if spec.objective is not None), None)
 
     @property
     def path(self) -> str:
         """The record's path inside the store."""
         return f"commits/{self.name}/set.json"
 
+    def latent_path(self, layer: int, segment: int) -> str:
+        """The file of the latents of one layer and segment."""
+        return f"{LATENT_FOLDER}/{self.name}/{segment:06d}.{layer}.sections"
+
     def encode(self) -> bytes:
         """The bytes of the record."""
-        return encode_record(
-            {
-                "set": self.name,
-                "arrays": [spec.to_json() for spec in self.arrays],
-                "retention": self.retention,
-                "replaces": list(self.replaces),
-            }
-        )
+        fields: dict[str, Any] = {
+            "set": self.name,
+            "arrays": [spec.to_json() for spec in self.arrays],
+            "retention": self.retention,
+            "replaces": list(self.replaces),
+        }
+        if self.latents:
+            fields["latents"] = [spec.to_json() for spec in self.latents]
+            fields["files"] = [entry.to_json() for entry in self.files]
+        return encode_record(fields)
 
     @classmethod
     def decode(cls, data: bytes, name: str, segment_rows: int) -> "SetRecord":
@@ -177,6 +271,8 @@ class SetRecord:
                 ),
                 retention=fields["retention"],
                 replaces=tuple(fields["replaces"]),
+                latents=tuple(LatentSpec.from_json(one) for one in fields.get("latents", [])),
+                files=tuple(FileEntry.from_json(entry) for entry in fields.get("files", [])),
             )
         if record.path != name:
             raise StoreDamaged(

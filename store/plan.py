@@ -39,6 +39,7 @@ from actstore.store.plan_record import (
     malformed,
 )
 from actstore.store.sections import SectionFile
+from actstore.store.segment_plan import Batch, SegmentPlan, read_segment
 
 __all__ = [
     "Batch",
@@ -58,70 +59,8 @@ DOCUMENT_FILE = "documents.parquet"
 TOKENS_PER_SECTION = 2**22
 """Token ids of one section: 16 MiB, the most that a writer holds in memory at once."""
 
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One padded forward pass.
-
-    Attributes:
-        members: sequences as indices into the segment's, int64 ``(member,)``; the rows of
-            the batch in order, longest first.
-        padded_length: tokens that each member is padded to, on the right.
-    """
-
-    members: npt.NDArray[np.int64]
-    padded_length: int
-
-
-@dataclass(frozen=True, eq=False)
-class SegmentPlan:
-    """Everything that is fixed about one segment; arrays are read-only.
-
-    Attributes:
-        number: global segment number.
-        first_row: global row of the segment's first.
-        n_rows: filled rows; they are the first of the segment.
-        first_sequence: global number of its first sequence.
-        document: global document number, int64 ``(sequence,)``.
-        first_token: global row of the first token, int64 ``(sequence,)``.
-        length: tokens, int32 ``(sequence,)``.
-        start: offset of the first token of the document in the document's stream,
-            int32 ``(sequence,)``; a BOS of the sequence's own is not part of the stream.
-        batch: number of the batch, int32 ``(sequence,)``.
-        batches: the forward passes, in order.
-        token_ids: int32 ``(n_rows,)``.
-        positions: position in the sequence, int32 ``(n_rows,)``.
-        special: position 0 and special tokens, bool ``(n_rows,)``.
-    """
-
-    number: int
-    first_row: int
-    n_rows: int
-    first_sequence: int
-    document: npt.NDArray[np.int64]
-    first_token: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int32]
-    start: npt.NDArray[np.int32]
-    batch: npt.NDArray[np.int32]
-    batches: tuple[Batch, ...]
-    token_ids: npt.NDArray[np.int32]
-    positions: npt.NDArray[np.int32]
-    special: npt.NDArray[np.bool_]
-
-    @property
-    def n_sequences(self) -> int:
-        """Sequences of the segment."""
-        return len(self.length)
-
-    @cached_property
-    def row_sequence(self) -> npt.NDArray[np.int64]:
-        """Every row's sequence as an index into the segment's, int64 ``(n_rows,)``."""
-        return np.repeat(np.arange(self.n_sequences), self.length)
-
-    def sequence_token_ids(self, index: int) -> npt.NDArray[np.int32]:
-        """The token ids of the segment's sequence ``index``, int32 ``(length,)``."""
-        offset = int(self.first_token[index]) - self.first_row
-        return self.token_ids[offset : offset + int(self.length[index])]
+_SMALL_PLAN = 8192
+"""Sequences of a plan whose columns are read whole, 64 KiB each, to place a few rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +155,10 @@ class Plan:
         return self._sections.read("first_token")
 
     @cached_property
+    def _token_offsets(self) -> npt.NDArray[np.int64]:
+        return self._sections.read("token_offset")
+
+    @cached_property
     def _lengths(self) -> npt.NDArray[np.int32]:
         return self._sections.read("length")
 
@@ -236,37 +179,7 @@ class Plan:
                 f"{self.first_segment} to {self.first_segment + self.n_segments - 1}.",
                 kind=ErrorKind.UNKNOWN_ROW,
             )
-        sections, size = self._sections, self.config.segment_rows
-        low, high = sections.slice("segment_first_sequence", index, index + 2).tolist()
-        columns = {
-            name: sections.slice(name, low, high)
-            for name in ("document", "first_token", "length", "start", "batch")
-        }
-        length = columns["length"]
-        n_rows = int(length.sum(dtype=np.int64))
-        offset = int(sections.slice("token_offset", low, low + 1)[0])
-        token_ids = self.token_ids(offset, offset + n_rows)
-        first = columns["first_token"] - number * size
-        positions = (np.arange(n_rows) - np.repeat(first, length)).astype(np.int32)
-        special = (positions == 0) | np.isin(token_ids, self.config.special_token_ids)
-        for array in (positions, special):
-            array.setflags(write=False)
-        first_batch, stop_batch = sections.slice("segment_first_batch", index, index + 2).tolist()
-        return SegmentPlan(
-            number=number,
-            first_row=number * size,
-            n_rows=n_rows,
-            first_sequence=self.record.sequence_base + low,
-            batches=_batches(
-                columns["batch"],
-                length,
-                sections.slice("batch_padded_length", first_batch, stop_batch),
-            ),
-            token_ids=token_ids,
-            positions=positions,
-            special=special,
-            **columns,
-        )
+        return read_segment(self._sections, self.record, number, self.token_ids)
 
     def filled_rows(self) -> npt.NDArray[np.int64]:
         """The filled rows of every segment of the plan, int64 ``(segments,)``."""
@@ -290,6 +203,64 @@ class Plan:
         ]
         ids: npt.NDArray[np.int32] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         ids.setflags(write=False)
+        return ids
+
+    def places_of(
+        self, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where filled rows lie; reads what concerns their segments alone.
+
+        Args:
+            rows: global rows that sequences of this plan fill, int64 ``(row,)``.
+
+        Returns:
+            Global sequence number and position in the sequence, int64 ``(row,)`` each.
+
+        Raises:
+            StoreDamaged: a block that says so fails its checksum.
+        """
+        if self.counts.sequences <= _SMALL_PLAN:
+            found = np.searchsorted(self._first_tokens, rows, side="right") - 1
+            return self.record.sequence_base + found, rows - self._first_tokens[found]
+        segments, which = np.unique(rows // self.config.segment_rows, return_inverse=True)
+        index = segments - self.first_segment
+        edges = self._sections.take("segment_first_sequence", np.concatenate([index, index + 1]))
+        low, high = np.split(edges, 2)
+        # The sequences of those segments, one segment after another.
+        count = high - low
+        begin = np.cumsum(count) - count
+        wanted = np.arange(int(count.sum())) + np.repeat(low - begin, count)
+        first = self._sections.take("first_token", wanted)
+        found = np.searchsorted(first, rows, side="right") - 1
+        assert (found >= begin[which]).all(), "a segment begins with its first sequence"
+        return self.record.sequence_base + wanted[found], rows - first[found]
+
+    def tokens_at(
+        self, sequences: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int32]:
+        """Token ids at positions of sequences of this plan, in any order.
+
+        Args:
+            sequences: global sequence numbers, int64 ``(row,)``.
+            positions: positions in these, int64 ``(row,)``.
+
+        Returns:
+            int32 ``(row,)``.
+
+        Raises:
+            StoreDamaged: a block that holds one fails its checksum.
+        """
+        index = sequences - self.record.sequence_base
+        offset = (
+            self._token_offsets[index]
+            if self.counts.sequences <= _SMALL_PLAN
+            else self._sections.take("token_offset", index)
+        )
+        places, size = offset + positions, self._sections.attributes["section_tokens"]
+        ids = np.empty(len(places), np.int32)
+        for part in set((places // size).tolist()):
+            chosen = places // size == part
+            ids[chosen] = self._sections.take(token_section(part), places[chosen] - part * size)
         return ids
 
     def sequences(self) -> dict[str, npt.NDArray[Any]]:
@@ -415,20 +386,6 @@ def following(record: PlanRecord) -> tuple[int, int, int]:
 def token_section(part: int) -> str:
     """The name of the section that holds part number ``part`` of the token ids."""
     return f"token_ids.{part}"
-
-
-def _batches(
-    batch: npt.NDArray[np.int32],
-    length: npt.NDArray[np.int32],
-    padded_length: npt.NDArray[np.int32],
-) -> tuple[Batch, ...]:
-    order = np.lexsort((-length, batch))
-    bounds = np.searchsorted(batch[order], np.arange(len(padded_length) + 1))
-    order.setflags(write=False)
-    return tuple(
-        Batch(order[bounds[number] : bounds[number + 1]], int(padded))
-        for number, padded in enumerate(padded_length)
-    )
 
 
 def _failed_checksum(entry: FileEntry) -> StoreDamaged:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from crc32c import crc32c
 
-from actstore.store.blobs import LocalBlobs, write_failed
+from actstore.store.blobs import LocalBlobs, make_durable, write_failed
 from actstore.store.errors import ErrorKind, StoreConflict
 from actstore.store.manifest import FileEntry
 from actstore.store.plan import Plan, plan_folders
@@ -159,7 +159,8 @@ def _lock(root: Path) -> Iterator[bool]:
 
 def _acquire(path: Path) -> int:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # The first thing that an ingest makes; so the store's own name is synced here.
+        make_durable(path.parent)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:

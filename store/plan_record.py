@@ -12,7 +12,13 @@ from typing import Any, Literal, get_args
 
 from actstore.store.errors import ErrorKind, InvalidInput, NotAStore, StoreConflict, StoreDamaged
 from actstore.store.manifest import FORMAT, FileEntry
-from actstore.store.records import canonical_json, decode_record, encode_record, newer_format
+from actstore.store.records import (
+    canonical_json,
+    decode_record,
+    encode_record,
+    newer_format,
+    well_formed,
+)
 
 __all__ = ["BosPolicy", "ChainMark", "PlanConfig", "PlanCounts", "PlanRecord"]
 
@@ -258,24 +264,29 @@ class PlanRecord:
             )
         members = decode_record(data, name)
         try:
-            record = cls(
-                number=members["number"],
-                config=PlanConfig.from_json(members["config"]),
-                counts=PlanCounts(**members["counts"]),
-                first_segment=members["first_segment"],
-                sequence_base=members["sequence_base"],
-                document_base=members["document_base"],
-                continues=members["continues"],
-                chain=ChainMark(**members["chain"]),
-                sources=members["sources"],
-                files=tuple(FileEntry.from_json(entry) for entry in members["files"]),
-            )
-            own = (members["hash"], name) == (record.hash, f"{record.folder}/{RECORD_FILE}")
-        except (KeyError, TypeError, InvalidInput) as error:
+            with well_formed(name):
+                record = cls._from_members(members)
+                own = members["hash"] == record.hash
+        except InvalidInput as error:
             raise malformed(name, f"is not the record of a plan: {error}") from error
-        if not own:
+        if not own or name != f"{record.folder}/{RECORD_FILE}":
             raise malformed(name, "holds the record of another plan")
         return record
+
+    @classmethod
+    def _from_members(cls, members: Mapping[str, Any]) -> "PlanRecord":
+        return cls(
+            number=members["number"],
+            config=PlanConfig.from_json(members["config"]),
+            counts=PlanCounts(**members["counts"]),
+            first_segment=members["first_segment"],
+            sequence_base=members["sequence_base"],
+            document_base=members["document_base"],
+            continues=members["continues"],
+            chain=ChainMark(**members["chain"]),
+            sources=members["sources"],
+            files=tuple(FileEntry.from_json(entry) for entry in members["files"]),
+        )
 
 
 def _require(name: str, value: object, least: int) -> None:

@@ -3,11 +3,16 @@
 What is on disk decides. A name that is taken keeps its bytes, and everything computed
 afterwards (zone maps, lists, statistics, checksums) is computed from those; so two
 writers of one segment, or a writer that comes back late, end with one consistent store.
+
+Values are described in threads while their shards are on the way to the disk. If it turns out
+that another writer's shard is there already, its layers are described once more.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,10 +33,12 @@ from actstore.store.manifest import FileEntry, SetRecord
 from actstore.store.parts import encode_part, part_path
 from actstore.store.plan import SegmentPlan
 from actstore.store.sections import SectionFile, encode_sections
-from actstore.store.shards import SegmentBuffer, parse_shard, shard_parts
-from actstore.store.zones import describe_segment, zone_attributes
+from actstore.store.shard_file import parse_shard, shard_parts
+from actstore.store.shards import SegmentBuffer
+from actstore.store.zones import SegmentDescription, zone_attributes
 
 __all__ = [
+    "commit",
     "metadata_files",
     "publish_file",
     "publish_metadata",
@@ -46,6 +53,9 @@ BASE_SET = "base"
 
 _SLICE = 4 * 2**20
 
+_MOST_THREADS = 8
+"""Threads that describe a segment; each holds 10 MB or so, and 22 MB where all values tie."""
+
 
 def publish_segment(
     blobs: LocalBlobs,
@@ -53,6 +63,7 @@ def publish_segment(
     plan_hash: str,
     segment_plan: SegmentPlan,
     buffers: Mapping[str, SegmentBuffer],
+    threads: int | None = None,
 ) -> CommitRecord:
     """Publish everything a segment of a set consists of, the commit record last.
 
@@ -63,6 +74,8 @@ def publish_segment(
         segment_plan: the segment's rows.
         buffers: ``ArraySpec.key`` -> the segment's values. Where a shard was on disk before,
             its bytes replace the buffer's.
+        threads: threads that describe the values while they are written, up to one per
+            processor by default. The files are the same for any number.
 
     Returns:
         The record that is now published, by this call or by an earlier writer.
@@ -72,25 +85,37 @@ def publish_segment(
         StoreDamaged: a file under one of the segment's names is not what its name promises.
     """
     segment = segment_plan.number
-    files: list[FileEntry] = []
-    digest = hashlib.sha256()
-    for spec in set_record.arrays:
-        if spec.key not in buffers:
-            continue
-        buffer = buffers[spec.key]
-        files += [_publish_shard(blobs, buffer, n, segment) for n in range(spec.shards)]
-        path = spec.zone_path(segment)
-        sections = describe_segment(buffer, segment_plan.special)
-        attributes = zone_attributes(spec, segment, plan_hash)
-        entry, is_new = _publish(blobs, path, encode_sections(sections, attributes))
-        if not is_new:
-            sections = _existing_zones(blobs, path, sections["checksums"], attributes)
-        files.append(entry)
-        _add_statistics(digest, spec.key, sections)
-    if set_record.name == BASE_SET:
-        parts = _token_id_parts(segment_plan.token_ids, set_record.arrays[0].segment_rows)
-        files.append(_publish(blobs, token_id_path(segment), parts)[0])
-        files.append(_publish(blobs, part_path(segment), [encode_part(segment_plan)])[0])
+    specs = [spec for spec in set_record.arrays if spec.key in buffers]
+    pool = ThreadPoolExecutor(threads or _default_threads(), "actstore-describer")
+    try:
+        descriptions = {
+            spec.key: SegmentDescription(buffers[spec.key], segment_plan.special, pool)
+            for spec in specs
+        }
+        # All that needs no description comes first: the disk is not to wait for it.
+        entries = {
+            spec.key: [
+                _publish_shard(blobs, buffers[spec.key], shard, segment, descriptions[spec.key])
+                for shard in range(spec.shards)
+            ]
+            for spec in specs
+        }
+        others: list[FileEntry] = []
+        if set_record.name == BASE_SET:
+            parts = _token_id_parts(segment_plan.token_ids, set_record.arrays[0].segment_rows)
+            others.append(_publish(blobs, token_id_path(segment), parts)[0])
+            others.append(_publish(blobs, part_path(segment), [encode_part(segment_plan)])[0])
+        digest = hashlib.sha256()
+        for spec in specs:
+            attributes = zone_attributes(spec, segment, plan_hash)
+            sections = descriptions.pop(spec.key).sections()
+            entry, sections = _publish_zones(blobs, spec.zone_path(segment), sections, attributes)
+            entries[spec.key].append(entry)
+            _add_statistics(digest, spec.key, sections)
+    finally:
+        # After a failed write nobody waits for the rest.
+        pool.shutdown(cancel_futures=True)
+    files = [entry for spec in specs for entry in entries[spec.key]] + others
     record = CommitRecord(
         set=set_record.name,
         segment=segment,
@@ -99,6 +124,16 @@ def publish_segment(
         files=tuple(files),
         statistics=digest.hexdigest(),
     )
+    return commit(blobs, record)
+
+
+def commit(blobs: LocalBlobs, record: CommitRecord) -> CommitRecord:
+    """Publish a commit record, or find that an earlier writer published the same.
+
+    Raises:
+        WriteFailed: the disk is full, read-only or failing.
+        StoreDamaged: the record that is there describes other files.
+    """
     if publish_commit(blobs, record):
         return record
     existing = CommitRecord.decode(blobs.read(record.path), record.path)
@@ -119,6 +154,7 @@ def token_id_path(segment: int) -> str:
 def segment_files(set_record: SetRecord, segment: int) -> set[str]:
     """The paths of all that a segment of a set consists of, but its commit record."""
     paths = {spec.zone_path(segment) for spec in set_record.arrays}
+    paths |= {set_record.latent_path(spec.layer, segment) for spec in set_record.latents}
     for spec in set_record.arrays:
         paths |= {spec.shard_path(shard, segment) for shard in range(spec.shards)}
     if set_record.name == BASE_SET:
@@ -133,7 +169,7 @@ def metadata_files(set_record: SetRecord, segments: int) -> dict[str, bytes]:
         set_record: the set.
         segments: segments of all plans: the length of the token axis in segments.
     """
-    files = {"arrays/zarr.json": group_metadata()}
+    files = {"arrays/zarr.json": group_metadata()} if set_record.arrays else {}
     for spec in set_record.arrays:
         files[f"arrays/{spec.location.label}/zarr.json"] = group_metadata()
         files[f"arrays/{spec.key}/zarr.json"] = array_metadata(spec, segments)
@@ -162,7 +198,20 @@ def publish_metadata(blobs: LocalBlobs, set_record: SetRecord, segments: int) ->
             blobs.replace(path, data)
 
 
-def _publish_shard(blobs: LocalBlobs, buffer: SegmentBuffer, shard: int, segment: int) -> FileEntry:
+def _default_threads() -> int:
+    # Not all systems tell which processors this process may use.
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(usable or 1, _MOST_THREADS)
+
+
+def _publish_shard(
+    blobs: LocalBlobs,
+    buffer: SegmentBuffer,
+    shard: int,
+    segment: int,
+    description: SegmentDescription,
+) -> FileEntry:
+    """Publish a shard, or describe the one that is there instead."""
     spec = buffer.spec
     path = spec.shard_path(shard, segment)
     # Looking first saves a resumed run from writing what link would refuse.
@@ -172,7 +221,7 @@ def _publish_shard(blobs: LocalBlobs, buffer: SegmentBuffer, shard: int, segment
         if is_new:
             return entry
     data = blobs.read(path)
-    buffer.shard(shard)[...] = parse_shard(spec, shard, buffer.rows, data, path)
+    description.replace(spec.shard_layers(shard), parse_shard(spec, shard, buffer.rows, data, path))
     return FileEntry(path, len(data), crc32c(data))
 
 
@@ -205,6 +254,19 @@ class _Measured:
                 self.checksum = crc32c(piece, self.checksum)
                 self.size += len(piece)
                 yield piece
+
+
+def _publish_zones(
+    blobs: LocalBlobs,
+    path: str,
+    sections: dict[str, npt.NDArray[Any]],
+    attributes: Mapping[str, Any],
+) -> tuple[FileEntry, dict[str, npt.NDArray[Any]]]:
+    """Publish a zone file; describe what is under its name now, and its sections."""
+    entry, is_new = _publish(blobs, path, encode_sections(sections, attributes))
+    if is_new:
+        return entry, sections
+    return entry, _existing_zones(blobs, path, sections["checksums"], attributes)
 
 
 def _existing_zones(

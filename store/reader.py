@@ -1,11 +1,12 @@
 """A store opened for reading: the committed segments at that moment, and nothing else."""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from actstore.store.zones import zone_attributes
 __all__ = ["StoreReader", "StoredArray"]
 
 _T = TypeVar("_T")
+
+_CHECKSUMS_AT_ONCE = 8192
+"""Block checksums read together: 32 KiB, which a disk gives as fast as one page."""
 
 
 class _Cache:
@@ -46,6 +50,40 @@ class _Cache:
             if len(self._values) > self._limit:
                 self._values.popitem(last=False)
         return value
+
+
+class _LayerChecksums:
+    """The checksums of one layer of a segment, read as far as they are looked up.
+
+    Args:
+        zones: opens the segment's zone file, which is not kept open here.
+        layer: the layer.
+    """
+
+    def __init__(self, zones: Callable[[], SectionFile], layer: int) -> None:
+        self._zones = zones
+        self._shape = zones().shape("checksums")[1:]
+        self._first = layer * prod(self._shape)
+        self._table = np.empty(prod(self._shape), np.uint32)
+        self._read = np.zeros(-(-len(self._table) // _CHECKSUMS_AT_ONCE), bool)
+
+    def __getitem__(
+        self, place: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    ) -> npt.NDArray[np.uint32]:
+        """Checksums at row chunks, column chunks and blocks that broadcast together."""
+        _, columns, blocks = self._shape
+        index = (place[0] * columns + place[1]) * blocks + place[2]
+        parts = np.unique(index // _CHECKSUMS_AT_ONCE)
+        for part in parts[~self._read[parts]].tolist():
+            low = part * _CHECKSUMS_AT_ONCE
+            high = min(low + _CHECKSUMS_AT_ONCE, len(self._table))
+            self._table[low:high] = self._zones().slice(
+                "checksums", self._first + low, self._first + high
+            )
+            # Set last: another thread may read the part as well, but not look up too early.
+            self._read[part] = True
+        found: npt.NDArray[np.uint32] = self._table[index]
+        return found
 
 
 class StoredArray:
@@ -93,10 +131,12 @@ class StoredArray:
         return file
 
     def _checksums(self, segment: int, layer: int) -> npt.NDArray[np.uint32]:
-        return self._store.cache.get(
+        table = self._store.cache.get(
             (self.spec.key, segment, layer),
-            lambda: self.zones(segment).row("checksums", layer),
+            lambda: _LayerChecksums(partial(self.zones, segment), layer),
         )
+        # The shard reader only looks places up, which a table read by need does as an array does.
+        return cast("npt.NDArray[np.uint32]", table)
 
 
 class StoreReader:
@@ -104,13 +144,21 @@ class StoreReader:
 
     Args:
         path: the store's directory.
+        objective: name of the objective whose gradients ``arrays`` holds. By default that of
+            the base set, or of the set with most segments committed, the first by name.
+
+    Attributes:
+        arrays: location and pass -> array. All backward arrays here are gradients of one
+            objective, so that nobody multiplies those of two; :meth:`array_of` has the others.
+        objective: that objective's name; None where no set has gradients.
 
     Raises:
         NotAStore: there is no store, or its format is newer.
         StoreDamaged: a record or a plan fails its checksum.
+        Unavailable: no set has gradients of ``objective``.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, objective: str | None = None) -> None:
         self.root = Path(path)
         self.blobs = LocalBlobs(self.root)
         self.manifest = read_manifest(self.blobs)
@@ -128,14 +176,39 @@ class StoreReader:
         self.files = Descriptors(self.root)
         self.cache = _Cache(4096)
         self._section_files = _Cache(256)
+        self._set_arrays = self._open_sets()
+        self.objective = self._chosen_objective(objective)
         self.arrays: dict[tuple[ActivationLocationType, PassType], StoredArray] = {}
+        for arrays in self._set_arrays.values():
+            for place, array in arrays.items():
+                if array.spec.objective in (None, self.objective):
+                    self.arrays.setdefault(place, array)
+
+    def _open_sets(
+        self,
+    ) -> dict[str, dict[tuple[ActivationLocationType, PassType], StoredArray]]:
+        """Every array that is read, by set: the base, then the most complete, then by name."""
         replaced = replaced_arrays(self.sets)
-        for name, record in self.sets.items():
-            for spec in record.arrays:
-                if spec.key in replaced:
-                    continue
-                array = StoredArray(spec, self, self.commits[name])
-                self.arrays[spec.location, spec.pass_type] = array
+        return {
+            name: {
+                (spec.location, spec.pass_type): StoredArray(spec, self, self.commits[name])
+                for spec in self.sets[name].arrays
+                if spec.key not in replaced
+            }
+            for name in sorted(self.sets, key=lambda n: (n != "base", -len(self.commits[n]), n))
+        }
+
+    def _chosen_objective(self, wanted: str | None) -> str | None:
+        if wanted is None:
+            return next(iter(self.objectives.values()), None)
+        if wanted not in self.objectives.values():
+            known = ", ".join(dict.fromkeys(self.objectives.values())) or "none"
+            raise Unavailable(
+                f"No gradients of {wanted} are stored here. Objectives stored: {known}. Add them "
+                f"with `actstore ingest --set NAME --objective '{wanted}'`.",
+                kind=ErrorKind.NOT_STORED,
+            )
+        return wanted
 
     def _check_plans(self) -> None:
         """Every committed segment must have the plan that fixed its rows."""
@@ -164,6 +237,20 @@ class StoreReader:
     def planned_segments(self) -> int:
         """Segments of all plans."""
         return sum(plan.n_segments for plan in self.plans)
+
+    @cached_property
+    def objectives(self) -> Mapping[str, str]:
+        """Set -> what its backward arrays are the gradients of; the default's set first."""
+        return {
+            name: objective
+            for name in self._set_arrays
+            if (objective := self.sets[name].objective) is not None
+        }
+
+    @property
+    def every_array(self) -> list[StoredArray]:
+        """The arrays of all sets, gradients of every objective among them."""
+        return [array for arrays in self._set_arrays.values() for array in arrays.values()]
 
     def section_file(self, path: str) -> SectionFile:
         """An opened checked file, kept for the next read."""
@@ -204,6 +291,30 @@ class StoreReader:
                 f"Ingest it with `--locations {location}` into another store.",
                 kind=ErrorKind.NOT_STORED,
             ) from None
+
+    def array_of(
+        self,
+        set_name: str,
+        location: ActivationLocationType,
+        pass_type: PassType = PassType.BACKWARD,
+    ) -> StoredArray:
+        """An array of one set, whatever the objective of :attr:`arrays` is.
+
+        Raises:
+            Unavailable: there is no such set, or it has no such array.
+        """
+        found = self._set_arrays.get(set_name, {}).get((location, pass_type))
+        if found is None:
+            stored = ", ".join(
+                f"{name}: {array.spec.key}"
+                for name, arrays in self._set_arrays.items()
+                for array in arrays.values()
+            )
+            raise Unavailable(
+                f"Set {set_name!r} has no {location}/{pass_type} here. Stored: {stored}.",
+                kind=ErrorKind.NOT_STORED,
+            )
+        return found
 
     def close(self) -> None:
         """Release the open files."""

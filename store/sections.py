@@ -13,6 +13,7 @@ error and never a wrong answer. The layout::
 import json
 import os
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ BLOCK = 4096
 
 _MAGIC = b"actsec01"
 _TRAILER = 4 + 4 + len(_MAGIC)
+_TAIL = 4 * BLOCK
+"""Bytes read at once from a file's end: trailer, footer and checksums of up to 12 MB of data."""
 
 
 def encode_sections(
@@ -80,7 +83,8 @@ class SectionFile:
         except FileNotFoundError as error:
             raise missing_file(name) from error
         size = os.fstat(self._descriptor).st_size
-        trailer = os.pread(self._descriptor, _TRAILER, max(size - _TRAILER, 0))
+        end = os.pread(self._descriptor, _TAIL, max(size - _TAIL, 0))
+        trailer = end[-_TRAILER:]
         length = int.from_bytes(trailer[4:8], "little")
         if len(trailer) < _TRAILER or trailer[8:] != _MAGIC or length > size:
             raise self._damaged("has no valid trailer", ErrorKind.MALFORMED_FILE)
@@ -89,7 +93,12 @@ class SectionFile:
         blocks = tail // (BLOCK + 4)
         if tail % (BLOCK + 4) or tail < 0:
             raise self._damaged("has an impossible length", ErrorKind.MALFORMED_FILE)
-        body = os.pread(self._descriptor, 4 * blocks + length, blocks * BLOCK)
+        rest = 4 * blocks + length
+        body = (
+            end[-_TRAILER - rest : -_TRAILER]
+            if rest + _TRAILER <= len(end)
+            else os.pread(self._descriptor, rest, blocks * BLOCK)
+        )
         if crc32c(body).to_bytes(4, "little") != trailer[:4]:
             raise self._damaged("fails the checksum of its footer", ErrorKind.CHECKSUM_MISMATCH)
         self._checksums = np.frombuffer(body[: 4 * blocks], "<u4")
@@ -125,13 +134,13 @@ class SectionFile:
     def read(self, section: str) -> npt.NDArray[Any]:
         """A whole section, verified."""
         _, shape, _ = self._sections[section]
-        return self.slice(section, 0, int(np.prod(shape))).reshape(shape)
+        return self.slice(section, 0, prod(shape)).reshape(shape)
 
     def row(self, section: str, *index: int) -> npt.NDArray[Any]:
         """``section[index]`` for leading indices, verified; reads only those bytes."""
         _, shape, _ = self._sections[section]
         rest = shape[len(index) :]
-        count = int(np.prod(rest))
+        count = prod(rest)
         start = int(np.ravel_multi_index(index, shape[: len(index)])) * count if index else 0
         return self.slice(section, start, start + count).reshape(rest)
 
@@ -142,24 +151,57 @@ class SectionFile:
             StoreDamaged: a block that holds them fails its checksum.
         """
         dtype, shape, offset = self._sections[section]
-        stop = min(stop, int(np.prod(shape)))
+        stop = min(stop, prod(shape))
         if stop <= start:
             return np.empty(0, dtype)
         first = (offset + start * dtype.itemsize) // BLOCK
         last = (offset + stop * dtype.itemsize - 1) // BLOCK + 1
+        data = self._blocks(first, last)
+        skip = offset + start * dtype.itemsize - first * BLOCK
+        return np.frombuffer(data, dtype, stop - start, skip)
+
+    def take(self, section: str, places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Elements at any places of the flattened section, verified.
+
+        Reads each block that holds one once, in the order of the file, after telling the
+        kernel about all of them.
+
+        Args:
+            section: a section whose elements have a power of 2 bytes.
+            places: in ``range(size)``, in any order, repeats allowed; int64 ``(place,)``.
+
+        Raises:
+            StoreDamaged: a block that holds one fails its checksum.
+        """
+        dtype, _, offset = self._sections[section]
+        assert BLOCK % dtype.itemsize == 0, f"an element of {section} may lie in two blocks"
+        first, per_block = offset // BLOCK, BLOCK // dtype.itemsize
+        block, inside = np.divmod(places, per_block)
+        distinct = np.unique(block)
+        starts = distinct[np.diff(distinct, prepend=-2) != 1]
+        stops = distinct[np.diff(distinct, append=distinct[-1:] + 2) != 1] + 1
+        runs = list(zip((starts + first).tolist(), (stops + first).tolist(), strict=True))
+        if len(runs) > 1:
+            for start, stop in runs:
+                size = (stop - start) * BLOCK
+                os.posix_fadvise(self._descriptor, start * BLOCK, size, os.POSIX_FADV_WILLNEED)
+        values = np.frombuffer(b"".join([self._blocks(*run) for run in runs]), dtype)
+        found: npt.NDArray[Any] = values[np.searchsorted(distinct, block) * per_block + inside]
+        return found
+
+    def _blocks(self, first: int, last: int) -> bytes:
+        """The bytes of blocks ``first:last``, verified."""
         data = os.pread(self._descriptor, (last - first) * BLOCK, first * BLOCK)
         if len(data) != (last - first) * BLOCK:
             raise self._damaged("is shorter than its footer says", ErrorKind.MALFORMED_FILE)
         view = memoryview(data)
-        expected = self._checksums[first:last]
-        for number in range(last - first):
-            block = view[number * BLOCK : (number + 1) * BLOCK]
-            if crc32c(block) != expected[number]:
+        expected = self._checksums[first:last].tolist()
+        for number, checksum in enumerate(expected):
+            if crc32c(view[number * BLOCK : (number + 1) * BLOCK]) != checksum:
                 raise self._damaged(
                     f"fails the checksum of block {first + number}", ErrorKind.CHECKSUM_MISMATCH
                 )
-        skip = offset + start * dtype.itemsize - first * BLOCK
-        return np.frombuffer(data, dtype, stop - start, skip)
+        return data
 
     def verify(self) -> int:
         """Check every block; returns the bytes of the file.

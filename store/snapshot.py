@@ -21,10 +21,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import duckdb
-from crc32c import crc32c
 
 from actstore.store.blobs import (
     TEMPORARY_MARK,
@@ -35,15 +34,24 @@ from actstore.store.blobs import (
 )
 from actstore.store.commits import lock_segment, read_commits
 from actstore.store.coverage import Coverage
-from actstore.store.errors import ErrorKind, StoreDamaged, WriteFailed
+from actstore.store.errors import StoreDamaged, WriteFailed
 from actstore.store.index_file import index_paths, publish_index, read_index_coverage
 from actstore.store.manifest import FileEntry
 from actstore.store.publishing import publish_file
 from actstore.store.reader import StoreReader
-from actstore.store.records import decode_record, encode_record
+from actstore.store.snapshot_record import (
+    SCHEMA,
+    SnapshotRecord,
+    damaged_snapshot,
+    encode_snapshot_record,
+    file_entry,
+    file_pieces,
+    read_snapshot_record,
+    snapshot_records,
+)
 from actstore.store.tables import fill_tables
 
-__all__ = ["CompactionResult", "Snapshot", "compact", "newest_snapshot", "open_snapshot"]
+__all__ = ["SCHEMA", "CompactionResult", "Snapshot", "compact", "newest_snapshot", "open_snapshot"]
 
 CHECKED_BYTES = 256 * 2**20
 """Snapshots up to this size are checked whole when opened; DuckDB checks its blocks always."""
@@ -51,11 +59,7 @@ CHECKED_BYTES = 256 * 2**20
 MEMORY_ROWS = 2**17
 """Stores up to this many rows get their snapshot in memory when they have none on disk."""
 
-SCHEMA = 1
-"""The form of the tables. Raise it whenever :mod:`actstore.store.tables` changes what it makes."""
-
 _FOLDER = "catalog"
-_PIECE = 8 * 2**20
 _HASH_DIGITS = 12
 _LOCK_SECONDS = 300
 
@@ -150,7 +154,7 @@ def compact(reader: StoreReader) -> CompactionResult:
     if not len(coverage):
         return CompactionResult(coverage.hash, (), None, ())
     with _compaction_lock(reader.root) as is_alone:
-        zoned = [array for array in reader.arrays.values() if array.spec.has_zones]
+        zoned = [array for array in reader.every_array if array.spec.has_zones]
         published = [publish_index(reader, array) for array in zoned]
         indexes = tuple(path for path in published if path is not None)
         name = f"{_FOLDER}/{coverage.hash}"
@@ -195,10 +199,10 @@ def _cached(reader: StoreReader, coverage: Coverage) -> Path:
 
 
 def _newest(blobs: LocalBlobs, folder: str, committed: Coverage) -> tuple[Coverage, Path] | None:
-    best: _Record | None = None
-    for path in _records(blobs, folder):
+    best: SnapshotRecord | None = None
+    for path in snapshot_records(blobs, folder):
         try:
-            record = _read_record(blobs, path)
+            record = read_snapshot_record(blobs, path)
         except StoreDamaged:
             # Compaction may remove what was listed: whoever finds nothing makes its own.
             if blobs.exists(path):
@@ -219,50 +223,16 @@ def _newest(blobs: LocalBlobs, folder: str, committed: Coverage) -> tuple[Covera
     return best.coverage, blobs.path(best.entry.path)
 
 
-def _records(blobs: LocalBlobs, folder: str) -> list[str]:
-    names = (path.name for path in blobs.path(folder).glob("*.json"))
-    return sorted(f"{folder}{name}" for name in names if TEMPORARY_MARK not in name)
-
-
-class _Record(NamedTuple):
-    """What a snapshot's record says."""
-
-    path: str
-    coverage: Coverage
-    entry: FileEntry
-    schema: Any
-
-
-def _read_record(blobs: LocalBlobs, path: str) -> _Record:
-    fields = decode_record(blobs.read(path), path)
-    try:
-        coverage = Coverage.from_json(fields["coverage"])
-        (entry,) = (FileEntry.from_json(one) for one in fields["files"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, "is not the record of a snapshot") from error
-    if path != f"{entry.path.removesuffix('.duckdb')}.json" or coverage.hash not in path:
-        raise _damaged(path, "holds the record of another snapshot")
-    return _Record(path, coverage, entry, fields.get("schema"))
-
-
 def _verify(blobs: LocalBlobs, entry: FileEntry) -> None:
     try:
         size = blobs.path(entry.path).stat().st_size
-        found = _entry(blobs, entry.path) if size <= CHECKED_BYTES else entry
+        found = file_entry(blobs, entry.path) if size <= CHECKED_BYTES else entry
     except FileNotFoundError as error:
         raise missing_file(entry.path) from error
     if size != entry.size:
-        raise _damaged(entry.path, f"has {size} bytes, not {entry.size}")
+        raise damaged_snapshot(entry.path, f"has {size} bytes, not {entry.size}")
     if found != entry:
-        raise _damaged(entry.path, f"fails its checksum {entry.crc32c:08x}")
-
-
-def _entry(blobs: LocalBlobs, path: str) -> FileEntry:
-    size = checksum = 0
-    for piece in _pieces(blobs.path(path)):
-        size += len(piece)
-        checksum = crc32c(piece, checksum)
-    return FileEntry(path, size, checksum)
+        raise damaged_snapshot(entry.path, f"fails its checksum {entry.crc32c:08x}")
 
 
 def _publish_snapshot(reader: StoreReader, blobs: LocalBlobs, name: str, coverage: Coverage) -> str:
@@ -274,15 +244,14 @@ def _publish_snapshot(reader: StoreReader, blobs: LocalBlobs, name: str, coverag
         blobs.delete(path)
         blobs.delete(record)
     # A database without a record is whole: its writer died, or is about to write the record.
-    entry = _entry(blobs, path) if blobs.exists(path) else _build(reader, blobs, path)
-    fields = {"coverage": coverage.to_json(), "schema": SCHEMA, "files": [entry.to_json()]}
-    blobs.publish(record, [encode_record(fields)])
+    entry = file_entry(blobs, path) if blobs.exists(path) else _build(reader, blobs, path)
+    blobs.publish(record, [encode_snapshot_record(coverage, entry)])
     return path
 
 
 def _is_current(blobs: LocalBlobs, path: str) -> bool:
     try:
-        record = _read_record(blobs, path)
+        record = read_snapshot_record(blobs, path)
         _verify(blobs, record.entry)
     except StoreDamaged:
         return False
@@ -302,7 +271,7 @@ def _build(reader: StoreReader, blobs: LocalBlobs, path: str) -> FileEntry:
                 connection.execute("CHECKPOINT")
             finally:
                 connection.close()
-            return publish_file(blobs, path, _pieces(temporary))
+            return publish_file(blobs, path, file_pieces(temporary))
         finally:
             for suffix in ("", ".wal"):
                 temporary.with_name(temporary.name + suffix).unlink(missing_ok=True)
@@ -327,7 +296,7 @@ def _remove_superseded(
     blobs = reader.blobs
     committed = Coverage.of_sets({name: read_commits(blobs, name) for name in reader.sets})
     removed = _remove_snapshots(blobs, coverage, committed)
-    for array in reader.arrays.values():
+    for array in reader.every_array:
         for path in index_paths(reader.root, array.spec):
             try:
                 stays = _stays(read_index_coverage(reader.root, path), coverage, committed)
@@ -344,9 +313,9 @@ def _remove_narrower(blobs: LocalBlobs, coverage: Coverage) -> None:
 
     A wider one, one of other commits or of another version may be some other reader's.
     """
-    for path in _records(blobs, ""):
+    for path in snapshot_records(blobs, ""):
         try:
-            found = _read_record(blobs, path)
+            found = read_snapshot_record(blobs, path)
         except StoreDamaged:
             continue
         is_ours = found.schema == SCHEMA and found.coverage.is_within(coverage)
@@ -359,9 +328,9 @@ def _remove_snapshots(blobs: LocalBlobs, coverage: Coverage, committed: Coverage
     folder = f"{_FOLDER}/"
     removed: list[str] = []
     kept = {f"{folder}{coverage.hash}.json"}
-    for record in _records(blobs, folder):
+    for record in snapshot_records(blobs, folder):
         try:
-            if _stays(_read_record(blobs, record).coverage, coverage, committed):
+            if _stays(read_snapshot_record(blobs, record).coverage, coverage, committed):
                 kept.add(record)
         except StoreDamaged:
             continue
@@ -369,7 +338,7 @@ def _remove_snapshots(blobs: LocalBlobs, coverage: Coverage, committed: Coverage
     databases = {f"{folder}{name}" for name in names}
     wanted = {f"{record.removesuffix('.json')}.duckdb" for record in kept}
     # The record first: a killed run then leaves a database that nobody names, and no damage.
-    for path in [*sorted(set(_records(blobs, folder)) - kept), *sorted(databases - wanted)]:
+    for path in [*sorted(set(snapshot_records(blobs, folder)) - kept), *sorted(databases - wanted)]:
         blobs.delete(path)
         removed.append(path)
     return removed
@@ -379,17 +348,11 @@ def _stays(found: Coverage, new: Coverage, committed: Coverage) -> bool:
     return found.is_within(committed) and not found.is_within(new)
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            yield piece
-
-
 def _connect(path: Path) -> duckdb.DuckDBPyConnection:
     try:
         return duckdb.connect(str(path), read_only=True, config=_options())
     except duckdb.Error as error:
-        raise _damaged(path.name, f"cannot be opened: {error}") from error
+        raise damaged_snapshot(path.name, f"cannot be opened: {error}") from error
 
 
 def _connect_unless_gone(path: Path) -> duckdb.DuckDBPyConnection | None:
@@ -414,10 +377,3 @@ def _options() -> dict[str, Any]:
         "temp_directory": str(Path(tempfile.gettempdir()) / f"actstore-sql-{os.getpid()}"),
         "lock_configuration": True,
     }
-
-
-def _damaged(path: str, what: str) -> StoreDamaged:
-    return StoreDamaged(
-        f"{path} {what}. Run `actstore compact` to make it again.",
-        kind=ErrorKind.CHECKSUM_MISMATCH,
-    )

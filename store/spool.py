@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from actstore.store.blobs import TEMPORARY_MARK, write_failed
+from actstore.store.blobs import TEMPORARY_MARK, make_durable, write_failed
 
 __all__ = ["Spool"]
 
@@ -81,7 +81,8 @@ class Spool:
     def _spill(self) -> None:
         try:
             if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                # Plans are published into this folder, and it may be the first in the store.
+                make_durable(self._folder)
                 self._file = tempfile.TemporaryFile(  # noqa: SIM115 - closed by close()
                     dir=self._folder, prefix=f"spool{TEMPORARY_MARK}", buffering=0
                 )

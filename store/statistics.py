@@ -1,7 +1,7 @@
 """Mergeable statistics of units: counts and the first four central moments.
 
-Pages are summarised in float32 relative to their own mean, then joined in float64 with
-the update of Chan and Pébay (Pébay 2008, SAND2008-6212, eqs. 1.4, 2.1 and 3.1).
+Blocks of rows are summarised in float32 relative to their own mean, then joined in float64
+with the update of Chan and Pébay (Pébay 2008, SAND2008-6212, eqs. 1.4, 2.1 and 3.1).
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actstore.store.layout import PAGE_ROWS
+__all__ = [
+    "BlockSums",
+    "UnitStatistics",
+    "central_moments",
+    "join_moments",
+    "merge_moments",
+]
 
-__all__ = ["UnitStatistics", "join_moments", "merge_moments", "page_moments"]
+_LANES = 256
+"""Rows worked on side by side: long inner loops, where the units alone are too few."""
 
-_LANES = 16
+_FIRST = 16
+"""Addends of the first sums, which are float32."""
 
 
 @dataclass(frozen=True)
@@ -59,63 +67,100 @@ class UnitStatistics:
         )
 
 
-def page_moments(
-    values: npt.NDArray[np.float32],
-    left_out: npt.NDArray[np.int64],
-    missing: npt.NDArray[np.bool_] | None,
-) -> npt.NDArray[np.float64]:
-    """Mean, M2, M3 and M4 of every page and unit.
+class BlockSums:
+    """Sums of powers over blocks of rows, about a number near every unit's mean.
+
+    Holds the buffers that every block needs: memory that stays in the processor's cache.
 
     Args:
-        values: ``(row, unit)``, whole pages; overwritten.
-        left_out: rows that do not count.
-        missing: ``(row, unit)``, values that do not count; None where there are none.
-
-    Returns:
-        float64 ``(page, unit, 4)``; zeros for a page without a value.
+        rows: of the largest block; whole pages.
+        units: of every block.
     """
-    rows, units = values.shape
-    kept = np.ones(rows)
-    kept[left_out] = 0
-    count = np.repeat(kept.reshape(-1, PAGE_ROWS).sum(1)[:, None], units, axis=1)
-    values[left_out] = 0
-    if missing is not None:
-        values[missing] = 0
-        count -= missing.reshape(-1, PAGE_ROWS, units).sum(1)
-    with np.errstate(invalid="ignore", over="ignore"):
-        mean = _page_sums(values, np.float64) / np.maximum(count, 1)
-        about = mean.astype(np.float32)
-        # Sixteen rows side by side: long inner loops, where the units alone are too few.
-        lanes = values.reshape(len(mean), -1, _LANES * units)
-        lanes -= np.tile(about, (1, _LANES))[:, None]
+
+    def __init__(self, rows: int, units: int) -> None:
+        self.values = np.empty((rows, units), np.float32)
+        self._powers = np.empty((rows, units), np.float32)
+        self._narrow = np.empty((3, rows * units // _FIRST), np.float32)
+        self._wide = np.empty((4, rows * units // _FIRST))
+
+    def add(
+        self,
+        rows: int,
+        left_out: npt.NDArray[np.int64],
+        missing: npt.NDArray[np.bool_] | None,
+        sums: npt.NDArray[np.float64],
+    ) -> None:
+        """Sum the block in the first rows of ``values``; those are overwritten.
+
+        Sixteen float32 additions lose at most 15 * 2**-24 of the sum of magnitudes; the others,
+        and those of the values themselves, are float64. The order of all additions is
+        fixed, so the sums do not depend on the processor.
+
+        Args:
+            rows: of the block; whole pages.
+            left_out: rows that do not count.
+            missing: ``(row, unit)``, values that do not count; None where there are none.
+            sums: filled with ``(5, unit)``: the number, the sum, and the sums of the second to
+                fourth power about the number.
+        """
+        values, powers = self.values[:rows], self._powers[:rows]
+        units = values.shape[1]
+        length = rows * units // _FIRST
+        narrow, wide = self._narrow[:, :length], self._wide[:, :length]
+        count: Any = rows - len(left_out)
         values[left_out] = 0
         if missing is not None:
             values[missing] = 0
-        squared = values * values
-        s2 = _page_sums(squared, np.float32)
-        values *= squared
-        s3 = _page_sums(values, np.float32)
-        squared *= squared
-        s4 = _page_sums(squared, np.float32)
+            count = count - missing.sum(0)
+        parts = values.reshape(_FIRST, length)
+        np.add.reduce(parts, axis=0, dtype=np.float64, out=wide[0])
+        sums[1] = _fold_sums(wide[:1], units)
+        about = (sums[1] / np.maximum(count, 1)).astype(np.float32)
+        sums[0] = about
+        lanes = values.reshape(-1, _LANES * units)
+        lanes -= np.repeat(about[None], _LANES, axis=0).reshape(-1)
+        values[left_out] = 0
+        if missing is not None:
+            values[missing] = 0
+        raised = powers.reshape(_FIRST, length)
+        np.multiply(values, values, out=powers)
+        np.add.reduce(raised, axis=0, out=narrow[0])
+        values *= powers
+        np.add.reduce(parts, axis=0, out=narrow[1])
+        powers *= powers
+        np.add.reduce(raised, axis=0, out=narrow[2])
+        wide[1:] = narrow
+        sums[2:] = _fold_sums(wide[1:], units)
+
+
+def _fold_sums(partial: npt.NDArray[np.float64], units: int) -> npt.NDArray[np.float64]:
+    """``(power, unit)`` sums of ``(power, row, unit)``, whose rows are a multiple of 32."""
+    powers = len(partial)
+    # Long rows add fastest.
+    partial = np.add.reduce(partial.reshape(powers, 8, -1), axis=1)
+    total: npt.NDArray[np.float64] = np.add.reduce(partial.reshape(powers, -1, units), axis=1)
+    return total
+
+
+def central_moments(
+    sums: npt.NDArray[np.float64], count: npt.NDArray[Any]
+) -> npt.NDArray[np.float64]:
+    """Mean, M2, M3 and M4 ``(block, unit, 4)`` from :meth:`BlockSums.add`.
+
+    Args:
+        sums: ``(block, 5, unit)``.
+        count: values, ``(block, unit)``; a unit without one has zeros.
+    """
+    about, total, s2, s3, s4 = np.moveaxis(sums, 1, 0)
+    n = count.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = total / np.maximum(n, 1)
         # Moments about the rounded mean, moved to the mean itself.
         shift = mean - about
-        m2 = s2 - count * shift**2
-        m3 = s3 - 3 * shift * s2 + 2 * count * shift**3
-        m4 = s4 - 4 * shift * s3 + 6 * shift**2 * s2 - 3 * count * shift**4
+        m2 = s2 - n * shift**2
+        m3 = s3 - 3 * shift * s2 + 2 * n * shift**3
+        m4 = s4 - 4 * shift * s3 + 6 * shift**2 * s2 - 3 * n * shift**4
     return np.stack([mean, m2, m3, m4], axis=2)
-
-
-def _page_sums(values: npt.NDArray[np.float32], first: type) -> npt.NDArray[np.float64]:
-    """float64 sums ``(page, unit)`` of ``(row, unit)``, the first 8 addends in ``first``.
-
-    Eight float32 additions lose at most 7 * 2**-24 of the sum of magnitudes. The order of all
-    additions is fixed, so the sums do not depend on the processor.
-    """
-    rows, units = values.shape
-    pages = rows // PAGE_ROWS
-    partial = values.reshape(pages, 8, -1).sum(1, dtype=first)
-    total: npt.NDArray[np.float64] = partial.reshape(pages, -1, units).sum(1, dtype=np.float64)
-    return total
 
 
 def join_moments(

@@ -18,6 +18,8 @@ from pyarrow import parquet
 from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.index import UnitIndex, open_unit_index
 from actstore.store.keys import highest_key, key_values, lowest_key
+from actstore.store.latent_reader import open_latent_sets
+from actstore.store.latent_tables import latent_rows, top_latent_rows
 from actstore.store.layout import ArraySpec, StoredDtype
 from actstore.store.model.pieces import vocabulary_pieces
 from actstore.store.model.readout import READOUT_KEY, read_readout
@@ -56,6 +58,16 @@ CREATE TABLE neurons (
     promoted VARCHAR[], suppressed VARCHAR[]
 );
 CREATE TABLE heads (layer INTEGER, head INTEGER, write_norm DOUBLE, value_output_norm DOUBLE);
+CREATE TABLE latents (
+    layer INTEGER, latent INTEGER, "set" VARCHAR, location VARCHAR,
+    firing_rate DOUBLE, max FLOAT, min FLOAT, mean DOUBLE, variance DOUBLE, skewness DOUBLE,
+    kurtosis DOUBLE, count BIGINT, active BIGINT, special_max FLOAT,
+    decoder_norm DOUBLE, write_norm DOUBLE, dead BOOLEAN
+);
+CREATE TABLE top_latents (
+    "set" VARCHAR, location VARCHAR, layer INTEGER, latent INTEGER, rank INTEGER, token BIGINT,
+    value FLOAT
+);
 CREATE TABLE statistics (
     location VARCHAR, pass VARCHAR, layer INTEGER, unit INTEGER,
     count BIGINT, positive BIGINT, nan BIGINT,
@@ -84,7 +96,8 @@ def fill_tables(connection: duckdb.DuckDBPyConnection, reader: StoreReader) -> N
     """Create and fill every table of a snapshot in an empty database.
 
     ``dead`` neurons were above zero at no ordinary row; ``firing_rate`` is the share of
-    ordinary values above zero. NaN is never a value of these tables: it shows as NULL.
+    ordinary values above zero. Of latents, both speak of values that are not zero. NaN is
+    never a value of these tables: it shows as NULL.
 
     Args:
         connection: of an empty database.
@@ -118,6 +131,10 @@ def fill_tables(connection: duckdb.DuckDBPyConnection, reader: StoreReader) -> N
         (_neurons(activations, readout, texts, layer, dimensions.d_mlp) for layer in layers),
     )
     _insert(connection, "heads", (_heads(readout, layer, dimensions.n_heads) for layer in layers))
+    for found in open_latent_sets(reader).values():
+        _insert(connection, "latents", (latent_rows(found, layer) for layer in found.layers))
+        listed = (top_latent_rows(found, layer, LISTED_ENTRIES) for layer in found.layers)
+        _insert(connection, "top_latents", listed)
 
 
 def read_part(reader: StoreReader, segment: int) -> pa.Table:

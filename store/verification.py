@@ -15,7 +15,14 @@ from actstore.store.coverage import Coverage
 from actstore.store.errors import ActstoreError, ErrorKind, StoreDamaged
 from actstore.store.index_file import read_index_coverage
 from actstore.store.layout import PAGE_ROWS
-from actstore.store.manifest import MANIFEST, FileEntry, SetRecord, read_manifest, read_sets
+from actstore.store.manifest import (
+    LATENT_FOLDER,
+    MANIFEST,
+    FileEntry,
+    SetRecord,
+    read_manifest,
+    read_sets,
+)
 from actstore.store.plan import Plan, load_plans
 from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE, PlanRecord
 from actstore.store.publishing import metadata_files, segment_files, token_rows
@@ -207,8 +214,15 @@ class _Contents:
         try:
             sets = read_sets(self._blobs, segment_rows)
         except StoreDamaged:
+            # Nobody can say which files of latents belong here.
+            self.unfinished |= self._below(f"{LATENT_FOLDER}/")
             return
+        for path in self._below(f"{LATENT_FOLDER}/"):
+            # A set's own files come before its record, whose entries answer for them.
+            if path.split("/")[1] not in sets:
+                self.unfinished.add(path)
         for record in sets.values():
+            yield from self._entries([*record.files, *(spec.file for spec in record.latents)])
             committed = {c.segment for c in self._commits.values() if c.set == record.name}
             for path in metadata_files(record, 0):
                 # Written before the first commit, and lengthened before those of a new plan.

@@ -6,15 +6,19 @@ a location is named.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 
 from actstore.store.errors import ErrorKind, InvalidInput
 
 __all__ = [
+    "FORWARD_LOCATIONS",
+    "OPTIONAL_LOCATIONS",
     "PRESETS",
     "ActivationLocationType",
     "Dimension",
+    "LocationWithinLayer",
     "NodeType",
     "PassType",
     "WeightLocationType",
@@ -37,6 +41,8 @@ class Dimension(StrEnum):
     TOKEN = "token"
     ATTENDED = "attended"
     HEAD = "head"
+    KV_HEAD = "kv_head"
+    """Heads of keys and values: as many as query heads, or fewer that several of them share."""
     HEAD_CHANNEL = "head_channel"
     NEURON = "neuron"
     LATENT = "latent"
@@ -59,6 +65,25 @@ class NodeType(StrEnum):
     RESIDUAL_STREAM_CHANNEL = "residual_stream_channel"
     VOCAB_TOKEN = "vocab_token"
 
+    @property
+    def is_autoencoder_latent(self) -> bool:
+        """Whether it is a latent of an autoencoder, of whatever input."""
+        return self in (
+            NodeType.AUTOENCODER_LATENT,
+            NodeType.MLP_AUTOENCODER_LATENT,
+            NodeType.ATTENTION_AUTOENCODER_LATENT,
+        )
+
+
+class LocationWithinLayer(IntEnum):
+    """Order of the places of one layer: which write comes before which residual stream."""
+
+    END_OF_PREV_LAYER = 1
+    ATTN = 2
+    RESID_POST_ATTN = 3
+    MLP = 4
+    RESID_POST_MLP = 5
+
 
 @dataclass(frozen=True)
 class _Location:
@@ -67,10 +92,12 @@ class _Location:
     has_layers: bool
     lens_name: str
     meaning: str
+    within_layer: LocationWithinLayer | None = None
 
 
 _D = Dimension
 _N = NodeType
+_P = LocationWithinLayer
 
 
 class ActivationLocationType(Enum):
@@ -100,20 +127,23 @@ class ActivationLocationType(Enum):
         True,
         "attn.hook_q",
         "queries as the attention function received them",
+        _P.ATTN,
     )
     ATTN_KEY = _Location(
-        (_D.HEAD, _D.HEAD_CHANNEL),
+        (_D.KV_HEAD, _D.HEAD_CHANNEL),
         _N.QK_CHANNEL,
         True,
         "attn.hook_k",
         "keys as the attention function received them",
+        _P.ATTN,
     )
     ATTN_VALUE = _Location(
-        (_D.HEAD, _D.HEAD_CHANNEL),
+        (_D.KV_HEAD, _D.HEAD_CHANNEL),
         _N.V_CHANNEL,
         True,
         "attn.hook_v",
         "values as the attention function received them",
+        _P.ATTN,
     )
     ATTN_QK_LOGITS = _Location(
         (_D.HEAD, _D.ATTENDED),
@@ -121,6 +151,7 @@ class ActivationLocationType(Enum):
         True,
         "attn.hook_attn_scores",
         "scaled query-key products, minus infinity above the diagonal",
+        _P.ATTN,
     )
     ATTN_QK_PROBS = _Location(
         (_D.HEAD, _D.ATTENDED),
@@ -128,6 +159,7 @@ class ActivationLocationType(Enum):
         True,
         "attn.hook_pattern",
         "attention probabilities over the attended tokens",
+        _P.ATTN,
     )
     ATTN_WEIGHTED_SUM_OF_VALUES = _Location(
         (_D.HEAD, _D.HEAD_CHANNEL),
@@ -135,6 +167,14 @@ class ActivationLocationType(Enum):
         True,
         "attn.hook_z",
         "values weighted by the probabilities, before the output projection",
+        _P.ATTN,
+    )
+    ATTN_OUTPUT_LAYER_NORM_SCALE = _Location(
+        (_D.SINGLETON,),
+        _N.LAYER,
+        True,
+        "ln1_post.hook_scale",
+        "denominator of the norm that attention's output passes, where a model has one",
     )
     RESID_DELTA_ATTN = _Location(
         (_D.CHANNEL,),
@@ -142,6 +182,7 @@ class ActivationLocationType(Enum):
         True,
         "hook_attn_out",
         "what attention adds to the residual stream, output bias included",
+        _P.ATTN,
     )
     RESID_POST_ATTN = _Location(
         (_D.CHANNEL,),
@@ -149,6 +190,7 @@ class ActivationLocationType(Enum):
         True,
         "hook_resid_mid",
         "residual stream after attention",
+        _P.RESID_POST_ATTN,
     )
     MLP_INPUT_LAYER_NORM_SCALE = _Location(
         (_D.SINGLETON,),
@@ -163,13 +205,30 @@ class ActivationLocationType(Enum):
         True,
         "mlp.hook_pre",
         "MLP neurons before the activation function",
+        _P.MLP,
+    )
+    MLP_PRE_LINEAR = _Location(
+        (_D.NEURON,),
+        _N.MLP_NEURON,
+        True,
+        "mlp.hook_pre_linear",
+        "the linear branch that multiplies the activation function of a gated MLP",
+        _P.MLP,
     )
     MLP_POST_ACT = _Location(
         (_D.NEURON,),
         _N.MLP_NEURON,
         True,
         "mlp.hook_post",
-        "MLP neurons after the activation function",
+        "MLP neurons after the activation function; in a gated MLP, times the linear branch",
+        _P.MLP,
+    )
+    MLP_OUTPUT_LAYER_NORM_SCALE = _Location(
+        (_D.SINGLETON,),
+        _N.LAYER,
+        True,
+        "ln2_post.hook_scale",
+        "denominator of the norm that the MLP's output passes, where a model has one",
     )
     RESID_DELTA_MLP = _Location(
         (_D.CHANNEL,),
@@ -177,6 +236,7 @@ class ActivationLocationType(Enum):
         True,
         "hook_mlp_out",
         "what the MLP adds to the residual stream, output bias included",
+        _P.MLP,
     )
     RESID_POST_MLP = _Location(
         (_D.CHANNEL,),
@@ -184,6 +244,7 @@ class ActivationLocationType(Enum):
         True,
         "hook_resid_post",
         "residual stream after the MLP: the output of the block",
+        _P.RESID_POST_MLP,
     )
     RESID_FINAL_LAYER_NORM_SCALE = _Location(
         (_D.SINGLETON,),
@@ -198,6 +259,53 @@ class ActivationLocationType(Enum):
         False,
         "logits",
         "the unembedding's output",
+    )
+    ONLINE_AUTOENCODER_LATENT = _Location(
+        (_D.LATENT,),
+        _N.AUTOENCODER_LATENT,
+        True,
+        "online_autoencoder_latent",
+        "latents of the one autoencoder that is spliced into the pass",
+    )
+    ONLINE_MLP_AUTOENCODER_LATENT = _Location(
+        (_D.LATENT,),
+        _N.MLP_AUTOENCODER_LATENT,
+        True,
+        "online_mlp_autoencoder_latent",
+        "latents of the autoencoder spliced in at the MLP",
+        _P.MLP,
+    )
+    ONLINE_ATTENTION_AUTOENCODER_LATENT = _Location(
+        (_D.LATENT,),
+        _N.ATTENTION_AUTOENCODER_LATENT,
+        True,
+        "online_attention_autoencoder_latent",
+        "latents of the autoencoder spliced in at attention's output",
+        _P.ATTN,
+    )
+    ONLINE_MLP_AUTOENCODER_ERROR = _Location(
+        (_D.NEURON,),
+        _N.MLP_NEURON,
+        True,
+        "online_mlp_autoencoder_error",
+        "mlp_post_act less what its autoencoder makes of it",
+        _P.MLP,
+    )
+    ONLINE_RESIDUAL_MLP_AUTOENCODER_ERROR = _Location(
+        (_D.CHANNEL,),
+        _N.RESIDUAL_STREAM_CHANNEL,
+        True,
+        "online_residual_mlp_autoencoder_error",
+        "resid_delta_mlp less what its autoencoder makes of it",
+        _P.MLP,
+    )
+    ONLINE_RESIDUAL_ATTENTION_AUTOENCODER_ERROR = _Location(
+        (_D.CHANNEL,),
+        _N.RESIDUAL_STREAM_CHANNEL,
+        True,
+        "online_residual_attention_autoencoder_error",
+        "resid_delta_attn less what its autoencoder makes of it",
+        _P.ATTN,
     )
 
     @property
@@ -231,10 +339,25 @@ class ActivationLocationType(Enum):
         return Dimension.ATTENDED in self.axes
 
     @property
+    def is_online(self) -> bool:
+        """Whether it exists only in a pass with an autoencoder spliced in."""
+        return self.name.startswith("ONLINE_")
+
+    @property
+    def within_layer(self) -> LocationWithinLayer | None:
+        """Where in its layer it writes or stands; None where that has no meaning."""
+        return self.value.within_layer
+
+    @property
     def is_ranked_by_unit(self) -> bool:
         """Whether its units are columns that people rank: neurons, head channels, latents."""
         first = self.axes[0]
-        return not self.is_pair_shaped and first in (_D.NEURON, _D.HEAD, _D.LATENT)
+        return not self.is_pair_shaped and first in (
+            _D.NEURON,
+            _D.HEAD,
+            _D.KV_HEAD,
+            _D.LATENT,
+        )
 
     @property
     def lens_name(self) -> str:
@@ -261,12 +384,18 @@ class WeightLocationType(StrEnum):
     ATTN_OUTPUT_BIAS = "attn_output_bias"
     MLP_TO_HIDDEN = "mlp_to_hidden"
     MLP_HIDDEN_BIAS = "mlp_hidden_bias"
+    MLP_TO_HIDDEN_LINEAR = "mlp_to_hidden_linear"
+    MLP_HIDDEN_LINEAR_BIAS = "mlp_hidden_linear_bias"
     MLP_TO_RESIDUAL = "mlp_to_residual"
     MLP_OUTPUT_BIAS = "mlp_output_bias"
     LAYER_NORM_GAIN_PRE_ATTN = "layer_norm_gain_pre_attn"
     LAYER_NORM_BIAS_PRE_ATTN = "layer_norm_bias_pre_attn"
     LAYER_NORM_GAIN_PRE_MLP = "layer_norm_gain_pre_mlp"
     LAYER_NORM_BIAS_PRE_MLP = "layer_norm_bias_pre_mlp"
+    QUERY_NORM_GAIN = "query_norm_gain"
+    KEY_NORM_GAIN = "key_norm_gain"
+    LAYER_NORM_GAIN_POST_ATTN = "layer_norm_gain_post_attn"
+    LAYER_NORM_GAIN_POST_MLP = "layer_norm_gain_post_mlp"
     LAYER_NORM_GAIN_FINAL = "layer_norm_gain_final"
     LAYER_NORM_BIAS_FINAL = "layer_norm_bias_final"
 
@@ -283,6 +412,16 @@ class WeightLocationType(StrEnum):
 
 
 _L = ActivationLocationType
+FORWARD_LOCATIONS = tuple(location for location in _L if not location.is_online)
+"""The places of models' own forward passes, in their order; no model has all of them."""
+
+OPTIONAL_LOCATIONS = (
+    _L.ATTN_OUTPUT_LAYER_NORM_SCALE,
+    _L.MLP_PRE_LINEAR,
+    _L.MLP_OUTPUT_LAYER_NORM_SCALE,
+)
+"""Places of some families alone: a gated MLP's linear branch, norms after attention and MLP."""
+
 _MINIMAL = (_L.RESID_POST_EMBEDDING, _L.RESID_POST_MLP)
 _NEURONS = (*_MINIMAL, _L.MLP_POST_ACT)
 
@@ -300,10 +439,16 @@ PRESETS: dict[str, tuple[ActivationLocationType, ...]] = {
         _L.RESID_FINAL_LAYER_NORM_SCALE,
     ),
     "full": tuple(
-        location for location in _L if not location.is_pair_shaped and location is not _L.LOGITS
+        location
+        for location in FORWARD_LOCATIONS
+        if location not in (*OPTIONAL_LOCATIONS, _L.LOGITS) and not location.is_pair_shaped
     ),
 }
-"""Named sets of locations; a set is stored in the order of the enumeration."""
+"""Named sets of locations; a set is stored in the order of the enumeration.
+
+Of a model that lacks one of them a preset has the others, and ``full`` has the optional
+ones too where a model has them: see :func:`parse_locations`.
+"""
 
 _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 _ALIASES: dict[str, tuple[ActivationLocationType, int | None]] = {
@@ -318,7 +463,10 @@ _ALIASES: dict[str, tuple[ActivationLocationType, int | None]] = {
     "mlp_post": (_L.MLP_POST_ACT, None),
     "q": (_L.ATTN_QUERY, None),
     "k": (_L.ATTN_KEY, None),
+    "rot_q": (_L.ATTN_QUERY, None),
+    "rot_k": (_L.ATTN_KEY, None),
     "v": (_L.ATTN_VALUE, None),
+    "pre_linear": (_L.MLP_PRE_LINEAR, None),
     "z": (_L.ATTN_WEIGHTED_SUM_OF_VALUES, None),
     "pattern": (_L.ATTN_QK_PROBS, None),
     "attn_scores": (_L.ATTN_QK_LOGITS, None),
@@ -349,13 +497,13 @@ def parse_location(name: str) -> tuple[ActivationLocationType, int | None]:
         layer, text = int(matched[1]), matched[2]
         if text == "hook_resid_pre":
             return (_L.RESID_POST_EMBEDDING, None) if layer == 0 else (_L.RESID_POST_MLP, layer - 1)
-    for location in _L:
+    for location in FORWARD_LOCATIONS:
         if text in (location.label, location.lens_name):
             return location, layer
     short = text.rsplit(".", 1)[-1].removeprefix("hook_")
     if short in _ALIASES:
         return _ALIASES[short][0], layer
-    known = ", ".join(location.label for location in _L)
+    known = ", ".join(location.label for location in FORWARD_LOCATIONS)
     raise InvalidInput(
         f"Unknown location {name!r}. Known locations: {known}; presets: {', '.join(PRESETS)}; "
         "TransformerLens names (mlp_post, blocks.3.hook_resid_post) are accepted too.",
@@ -363,8 +511,16 @@ def parse_location(name: str) -> tuple[ActivationLocationType, int | None]:
     )
 
 
-def parse_locations(names: str | list[str] | tuple[str, ...]) -> tuple[ActivationLocationType, ...]:
+def parse_locations(
+    names: str | list[str] | tuple[str, ...],
+    present: Collection[ActivationLocationType] | None = None,
+) -> tuple[ActivationLocationType, ...]:
     """Resolve presets and names (a comma-separated string or a list) to distinct locations.
+
+    Args:
+        names: presets and locations.
+        present: the locations that a model has; presets leave out the others. What is named
+            by itself stays, so that its absence is no silent one.
 
     Raises:
         InvalidInput: a name is unknown, or none is given.
@@ -375,8 +531,12 @@ def parse_locations(names: str | list[str] | tuple[str, ...]) -> tuple[Activatio
     parts = names.split(",") if isinstance(names, str) else list(names)
     chosen: set[ActivationLocationType] = set()
     for part in parts:
-        if part.strip() in PRESETS:
-            chosen.update(PRESETS[part.strip()])
+        preset = PRESETS.get(part.strip())
+        if preset is not None:
+            if present is not None:
+                more = OPTIONAL_LOCATIONS if part.strip() == "full" else ()
+                preset = tuple(place for place in (*preset, *more) if place in present)
+            chosen.update(preset)
         elif part.strip():
             chosen.add(parse_location(part)[0])
     if not chosen:
@@ -384,4 +544,4 @@ def parse_locations(names: str | list[str] | tuple[str, ...]) -> tuple[Activatio
             f"No location given in {names!r}. Name a preset ({', '.join(PRESETS)}) or locations.",
             kind=ErrorKind.UNKNOWN_LOCATION,
         )
-    return tuple(location for location in _L if location in chosen)
+    return tuple(location for location in FORWARD_LOCATIONS if location in chosen)

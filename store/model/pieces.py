@@ -7,13 +7,25 @@ that are no UTF-8 alone show as U+FFFD.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crc32c import crc32c
+
+from actstore.store.blobs import LocalBlobs
+from actstore.store.errors import ErrorKind, StoreDamaged
+from actstore.store.manifest import FileEntry
 from actstore.store.model.weights import FOLDER, ModelSnapshot
 
-__all__ = ["TOKENIZER_KEY", "VocabularyPiece", "decode_vocabulary", "vocabulary_pieces"]
+__all__ = [
+    "TOKENIZER_KEY",
+    "Vocabulary",
+    "VocabularyPiece",
+    "decode_vocabulary",
+    "read_vocabulary",
+    "vocabulary_pieces",
+]
 
 TOKENIZER_KEY = f"{FOLDER}/tokenizer.json"
 
@@ -43,28 +55,83 @@ def vocabulary_pieces(root: Path) -> list[VocabularyPiece]:
     return decode_vocabulary(snapshot.read_file(root, TOKENIZER_KEY))
 
 
-def decode_vocabulary(tokenizer_json: bytes) -> list[VocabularyPiece]:
-    """The vocabulary that a ``tokenizer.json`` describes, added tokens included, by id."""
-    tokenizer: dict[str, Any] = json.loads(tokenizer_json)
-    vocabulary = tokenizer["model"]["vocab"]
-    spelled = (
-        {piece: number for number, (piece, _) in enumerate(vocabulary)}
-        if isinstance(vocabulary, list)  # Unigram: [piece, score] in the order of the ids
-        else vocabulary
-    )
-    steps = [_step(decoder) for decoder in _decoders(tokenizer.get("decoder"))]
-    pieces = {}
-    for piece, token_id in spelled.items():
-        value: str | bytes = piece
-        for step in steps:
+def read_vocabulary(blobs: LocalBlobs, files: Iterable[FileEntry]) -> "Vocabulary | None":
+    """The vocabulary of a store, decoded piece by piece as it is asked for.
+
+    Args:
+        blobs: the store.
+        files: the files that its manifest names.
+
+    Returns:
+        None when the model was ingested without a tokenizer.
+
+    Raises:
+        StoreDamaged: the tokenizer's file is missing or fails its checksum.
+    """
+    entry = next((entry for entry in files if entry.path == TOKENIZER_KEY), None)
+    if entry is None:
+        return None
+    data = blobs.read(TOKENIZER_KEY)
+    if (len(data), crc32c(data)) != (entry.size, entry.crc32c):
+        raise StoreDamaged(
+            f"{TOKENIZER_KEY} fails its checksum {entry.crc32c:08x}. Run `actstore verify`.",
+            kind=ErrorKind.CHECKSUM_MISMATCH,
+        )
+    return Vocabulary(data)
+
+
+class Vocabulary:
+    """The tokens that a ``tokenizer.json`` describes, added ones included.
+
+    Args:
+        tokenizer_json: the file's bytes.
+    """
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        tokenizer: dict[str, Any] = json.loads(tokenizer_json)
+        vocabulary = tokenizer["model"]["vocab"]
+        # Unigram has [piece, score] in the order of the ids, the others piece -> id.
+        self._pieces: dict[int, str] = (
+            dict(enumerate(piece for piece, _ in vocabulary))
+            if isinstance(vocabulary, list)
+            else dict(zip(vocabulary.values(), vocabulary, strict=True))
+        )
+        self._added = {
+            added["id"]: VocabularyPiece(added["id"], added["content"], added["content"], special)
+            for added in tokenizer.get("added_tokens", [])
+            for special in [added["special"]]
+        }
+        self._steps = [_step(decoder) for decoder in _decoders(tokenizer.get("decoder"))]
+
+    def __iter__(self) -> Iterator[VocabularyPiece]:
+        """Every token, by id."""
+        for token_id in sorted({*self._pieces, *self._added}):
+            piece = self.piece(token_id)
+            assert piece is not None
+            yield piece
+
+    def piece(self, token_id: int) -> VocabularyPiece | None:
+        """One token; None for an id that the tokenizer does not have."""
+        if token_id in self._added:
+            return self._added[token_id]
+        if token_id not in self._pieces:
+            return None
+        value: str | bytes = self._pieces[token_id]
+        for step in self._steps:
             if isinstance(value, str):
                 value = step(value)
         text = value if isinstance(value, str) else value.decode("utf-8", errors="replace")
-        pieces[token_id] = VocabularyPiece(token_id, piece, text, False)
-    for added in tokenizer.get("added_tokens", []):
-        content = added["content"]
-        pieces[added["id"]] = VocabularyPiece(added["id"], content, content, added["special"])
-    return [pieces[token_id] for token_id in sorted(pieces)]
+        return VocabularyPiece(token_id, self._pieces[token_id], text, False)
+
+    def text(self, token_id: int) -> str | None:
+        """What one token stands for on its own; None for an id that there is not."""
+        piece = self.piece(token_id)
+        return piece.text if piece else None
+
+
+def decode_vocabulary(tokenizer_json: bytes) -> list[VocabularyPiece]:
+    """The vocabulary that a ``tokenizer.json`` describes, added tokens included, by id."""
+    return list(Vocabulary(tokenizer_json))
 
 
 _Step = Callable[[str], str | bytes]

@@ -32,7 +32,8 @@ def compute_readout(weights: ModelWeights) -> dict[str, npt.NDArray[Any]]:
 
     The effect of a neuron on the logits is its output row times diag(g_final) W_U, less
     the mean over the vocabulary (spec/derived_scalars.md a.6: the final norm's bias and
-    denominator are left out). Working memory is the unembedding in float32, one layer of
+    denominator are left out). Where the MLP's or attention's output passes a norm, its gain
+    belongs to the output rows and its denominator is left out. Working memory is the unembedding in float32, one layer of
     weights and 100 MB.
 
     Args:
@@ -72,10 +73,12 @@ def read_readout(root: Path) -> dict[str, npt.NDArray[Any]]:
 def _layer_readout(
     weights: ModelWeights, unembedding: "_Unembedding", layer: int
 ) -> dict[str, npt.NDArray[Any]]:
-    w_out = weights.weight(WeightLocationType.MLP_TO_RESIDUAL, layer)
+    w_out = _written(weights, layer, WeightLocationType.MLP_TO_RESIDUAL)
     w_in = weights.weight(WeightLocationType.MLP_TO_HIDDEN, layer)
-    w_value = weights.weight(WeightLocationType.ATTN_TO_VALUE, layer)
-    w_output = weights.weight(WeightLocationType.ATTN_TO_RESIDUAL, layer)
+    shared = weights.weight(WeightLocationType.ATTN_TO_VALUE, layer)
+    w_output = _written(weights, layer, WeightLocationType.ATTN_TO_RESIDUAL)
+    # A head of values for every query head that reads it.
+    w_value = np.repeat(shared, len(w_output) // len(shared), axis=0)
     ends = [
         unembedding.ends(w_out[start : start + _NEURON_BLOCK])
         for start in range(0, len(w_out), _NEURON_BLOCK)
@@ -93,6 +96,20 @@ def _layer_readout(
             ]
         ),
     }
+
+
+def _written(weights: ModelWeights, layer: int, location: WeightLocationType) -> npt.NDArray[Any]:
+    """Rows that are written to the stream, with the gain of the norm that they pass, if any."""
+    rows = weights.weight(location, layer)
+    if not weights.dimensions.has_post_norms:
+        return rows
+    return rows * weights.weight(_POST_GAINS[location], layer)
+
+
+_POST_GAINS = {
+    WeightLocationType.MLP_TO_RESIDUAL: WeightLocationType.LAYER_NORM_GAIN_POST_MLP,
+    WeightLocationType.ATTN_TO_RESIDUAL: WeightLocationType.LAYER_NORM_GAIN_POST_ATTN,
+}
 
 
 class _Unembedding:

@@ -1,42 +1,66 @@
 """Recipes: how a location's values follow from other locations and the weights.
 
-One table per architecture, one row per recipe. Values are computed in float64 for one
+One table per architecture, one row per recipe, assembled from the pieces that families
+share. Values are computed in float64 for one
 whole sequence at a time, so a value never depends on what else was asked for. The
 forward recipes repeat the model's own computation; the subtractions stand at the end
 and cost more, since they lose the digits that the two residuals share.
+
+Every function is differentiable, backward and forward, so :func:`recompute` also gives
+the activations of a node as a function of the residual stream before it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from actstore.query.derived.declaration import LayerRule, Source
-from actstore.store.model.dimensions import ModelDimensions
+from actstore.store.model.architecture import ARCHITECTURES, Architecture
+from actstore.store.model.computations import (
+    Function,
+    Setting,
+    activate,
+    affine,
+    difference,
+    embed,
+    from_heads,
+    hidden_pairs,
+    into_heads,
+    into_mlp,
+    into_turned_heads,
+    norm_scale,
+    per_query_head,
+    probabilities,
+    scores,
+    then_normed,
+    then_scale,
+    total,
+    unembed,
+    weighted_sum,
+)
+from actstore.store.model.sources import LayerRule, Source
 from actstore.store.vocabulary import ActivationLocationType, WeightLocationType
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RECIPES", "Recipe", "Setting", "WeightName"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "Setting",
+    "WeightName",
+    "WeightOf",
+    "hidden_pairs",
+    "per_query_head",
+    "recompute",
+]
 
 WeightName = WeightLocationType | ActivationLocationType
 """A weight; a location stands for the bias that queries, keys or values contain."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a recipe may know besides its inputs.
-
-    Attributes:
-        dimensions: the model's sizes and constants.
-        layer: the target's layer, None for a target outside the blocks.
-        token_ids: the sequence's tokens, int64 ``(token,)``.
-    """
-
-    dimensions: ModelDimensions
-    layer: int | None
-    token_ids: "Tensor"
+WeightOf = Callable[[WeightName, int | None], "Tensor"]
+"""Gives a weight of a layer, in the dtype of the computation."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +72,15 @@ class Recipe:
         inputs: locations it is made from; none means the token ids.
         weights: weights of the target's own layer.
         function: ``(inputs, weights, setting) -> value``, float64, the token axis first.
+        scale: the location of the norm's denominator that the function divides by.
         cost: steps that this recipe counts for when several lead to the target.
     """
 
     target: ActivationLocationType
     inputs: tuple[Source, ...]
     weights: tuple[WeightName, ...]
-    function: Callable[[Sequence["Tensor"], Sequence["Tensor"], Setting], "Tensor"]
+    function: Function
+    scale: ActivationLocationType | None = None
     cost: int = 1
 
 
@@ -64,171 +90,172 @@ _LAST_RESORT = 1000
 
 _BEFORE = Source(_L.RESID_POST_MLP, layer=LayerRule.PREVIOUS)
 _LAST = Source(_L.RESID_POST_MLP, layer=-1)
-_ATTN_NORM = (_W.LAYER_NORM_GAIN_PRE_ATTN, _W.LAYER_NORM_BIAS_PRE_ATTN)
-_MLP_NORM = (_W.LAYER_NORM_GAIN_PRE_MLP, _W.LAYER_NORM_BIAS_PRE_MLP)
-_FINAL_NORM = (_W.LAYER_NORM_GAIN_FINAL, _W.LAYER_NORM_BIAS_FINAL)
-
-
-def _embed(_: Sequence["Tensor"], weights: Sequence["Tensor"], setting: Setting) -> "Tensor":
-    tokens, positions = weights
-    return tokens[setting.token_ids] + positions[: len(setting.token_ids)]
-
-
-def _centre(residual: "Tensor", setting: Setting) -> tuple["Tensor", "Tensor"]:
-    """The residual less its mean over channels, and sqrt(variance + eps)."""
-    centred = residual - residual.mean(-1, keepdim=True)
-    variance = centred.square().mean(-1, keepdim=True)
-    return centred, (variance + setting.dimensions.layer_norm_epsilon).sqrt()
-
-
-def _norm_scale(inputs: Sequence["Tensor"], _: Sequence["Tensor"], setting: Setting) -> "Tensor":
-    return _centre(inputs[0], setting)[1]
-
-
-def _normalise(residual: "Tensor", gain: "Tensor", bias: "Tensor", setting: Setting) -> "Tensor":
-    centred, scale = _centre(residual, setting)
-    return centred / scale * gain + bias
-
-
-def _into_heads(
-    inputs: Sequence["Tensor"], weights: Sequence["Tensor"], setting: Setting
-) -> "Tensor":
-    gain, norm_bias, matrix, bias = weights
-    # (token, channel) @ (head, channel, head_channel), then the token axis first.
-    heads = _normalise(inputs[0], gain, norm_bias, setting) @ matrix
-    return heads.transpose(0, 1) + bias
-
-
-def _scores(inputs: Sequence["Tensor"], _: Sequence["Tensor"], setting: Setting) -> "Tensor":
-    import torch
-
-    query, key = (tensor.transpose(0, 1) for tensor in inputs)
-    assert setting.layer is not None
-    scores = query @ key.transpose(1, 2) * setting.dimensions.attention_scaling(setting.layer)
-    future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -torch.inf).transpose(0, 1)
-
-
-def _softmax(inputs: Sequence["Tensor"], _: Sequence["Tensor"], __: Setting) -> "Tensor":
-    return inputs[0].softmax(-1)
-
-
-def _weighted_sum(inputs: Sequence["Tensor"], _: Sequence["Tensor"], __: Setting) -> "Tensor":
-    pattern, value = (tensor.transpose(0, 1) for tensor in inputs)
-    return (pattern @ value).transpose(0, 1)
-
-
-def _from_heads(inputs: Sequence["Tensor"], weights: Sequence["Tensor"], _: Setting) -> "Tensor":
-    matrix, bias = weights
-    return inputs[0].flatten(1) @ matrix.flatten(0, 1) + bias
-
-
-def _add(inputs: Sequence["Tensor"], _: Sequence["Tensor"], __: Setting) -> "Tensor":
-    return inputs[0] + inputs[1]
-
-
-def _subtract(inputs: Sequence["Tensor"], _: Sequence["Tensor"], __: Setting) -> "Tensor":
-    return inputs[0] - inputs[1]
-
-
-def _into_mlp(
-    inputs: Sequence["Tensor"], weights: Sequence["Tensor"], setting: Setting
-) -> "Tensor":
-    gain, norm_bias, matrix, bias = weights
-    return _normalise(inputs[0], gain, norm_bias, setting) @ matrix + bias
-
-
-def _activate(inputs: Sequence["Tensor"], _: Sequence["Tensor"], setting: Setting) -> "Tensor":
-    from torch.nn import functional
-
-    values = inputs[0]
-    name = setting.dimensions.activation_function
-    if name == "relu":
-        return values.relu()
-    if name == "silu":
-        return values.sigmoid() * values
-    approximate = "none" if name == "gelu" else "tanh"
-    return functional.gelu(values, approximate=approximate)
-
-
-def _affine(inputs: Sequence["Tensor"], weights: Sequence["Tensor"], _: Setting) -> "Tensor":
-    matrix, bias = weights
-    return inputs[0] @ matrix + bias
-
-
-def _unembed(inputs: Sequence["Tensor"], weights: Sequence["Tensor"], setting: Setting) -> "Tensor":
-    gain, norm_bias, matrix = weights
-    return _normalise(inputs[0], gain, norm_bias, setting) @ matrix
-
-
-def _projection(target: ActivationLocationType, matrix: WeightLocationType) -> Recipe:
-    return Recipe(target, (_BEFORE,), (*_ATTN_NORM, matrix, target), _into_heads)
 
 
 def _same(*locations: ActivationLocationType) -> tuple[Source, ...]:
     return tuple(Source(location) for location in locations)
 
 
-_GPT2 = (
-    Recipe(_L.RESID_POST_EMBEDDING, (), (_W.EMBEDDING, _W.POSITION_EMBEDDING), _embed),
-    Recipe(_L.ATTN_INPUT_LAYER_NORM_SCALE, (_BEFORE,), (), _norm_scale),
-    _projection(_L.ATTN_QUERY, _W.ATTN_TO_QUERY),
-    _projection(_L.ATTN_KEY, _W.ATTN_TO_KEY),
-    _projection(_L.ATTN_VALUE, _W.ATTN_TO_VALUE),
-    Recipe(_L.ATTN_QK_LOGITS, _same(_L.ATTN_QUERY, _L.ATTN_KEY), (), _scores),
-    Recipe(_L.ATTN_QK_PROBS, _same(_L.ATTN_QK_LOGITS), (), _softmax),
-    Recipe(
-        _L.ATTN_WEIGHTED_SUM_OF_VALUES,
-        _same(_L.ATTN_QK_PROBS, _L.ATTN_VALUE),
-        (),
-        _weighted_sum,
-    ),
-    Recipe(
+def _norm_weights(
+    family: Architecture, gain: WeightLocationType, bias: WeightLocationType
+) -> tuple[WeightLocationType, ...]:
+    return (gain, bias) if family.norm.centres else (gain,)
+
+
+def _attention(family: Architecture) -> Iterator[Recipe]:
+    norm = _norm_weights(family, _W.LAYER_NORM_GAIN_PRE_ATTN, _W.LAYER_NORM_BIAS_PRE_ATTN)
+    scale = _L.ATTN_INPUT_LAYER_NORM_SCALE
+    yield Recipe(scale, (_BEFORE,), (), norm_scale)
+    for target, matrix, gain in (
+        (_L.ATTN_QUERY, _W.ATTN_TO_QUERY, _W.QUERY_NORM_GAIN),
+        (_L.ATTN_KEY, _W.ATTN_TO_KEY, _W.KEY_NORM_GAIN),
+    ):
+        own_norm = (gain,) if family.has_query_key_norms else ()
+        weights: tuple[WeightName, ...] = (*norm, matrix, target, *own_norm)
+        yield Recipe(target, (_BEFORE,), weights, into_turned_heads, scale)
+    value: tuple[WeightName, ...] = (*norm, _W.ATTN_TO_VALUE, _L.ATTN_VALUE)
+    yield Recipe(_L.ATTN_VALUE, (_BEFORE,), value, into_heads, scale)
+    yield Recipe(_L.ATTN_QK_LOGITS, _same(_L.ATTN_QUERY, _L.ATTN_KEY), (), scores)
+    yield Recipe(_L.ATTN_QK_PROBS, _same(_L.ATTN_QK_LOGITS), (), probabilities)
+    inputs = _same(_L.ATTN_QK_PROBS, _L.ATTN_VALUE)
+    yield Recipe(_L.ATTN_WEIGHTED_SUM_OF_VALUES, inputs, (), weighted_sum)
+    yield from _write(
+        family,
         _L.RESID_DELTA_ATTN,
         _same(_L.ATTN_WEIGHTED_SUM_OF_VALUES),
         (_W.ATTN_TO_RESIDUAL, _W.ATTN_OUTPUT_BIAS),
-        _from_heads,
-    ),
-    Recipe(_L.RESID_POST_ATTN, (_BEFORE, *_same(_L.RESID_DELTA_ATTN)), (), _add),
-    Recipe(_L.MLP_INPUT_LAYER_NORM_SCALE, _same(_L.RESID_POST_ATTN), (), _norm_scale),
-    Recipe(
-        _L.MLP_PRE_ACT,
-        _same(_L.RESID_POST_ATTN),
-        (*_MLP_NORM, _W.MLP_TO_HIDDEN, _W.MLP_HIDDEN_BIAS),
-        _into_mlp,
-    ),
-    Recipe(_L.MLP_POST_ACT, _same(_L.MLP_PRE_ACT), (), _activate),
-    Recipe(
+        from_heads,
+        (_L.ATTN_OUTPUT_LAYER_NORM_SCALE, _W.LAYER_NORM_GAIN_POST_ATTN),
+    )
+
+
+def _mlp(family: Architecture) -> Iterator[Recipe]:
+    norm = _norm_weights(family, _W.LAYER_NORM_GAIN_PRE_MLP, _W.LAYER_NORM_BIAS_PRE_MLP)
+    read = (_BEFORE,) if family.is_parallel else _same(_L.RESID_POST_ATTN)
+    scale = _L.MLP_INPUT_LAYER_NORM_SCALE
+    yield Recipe(scale, read, (), norm_scale)
+    gate = (*norm, _W.MLP_TO_HIDDEN, _W.MLP_HIDDEN_BIAS)
+    yield Recipe(_L.MLP_PRE_ACT, read, gate, into_mlp, scale)
+    branches = [_L.MLP_PRE_ACT]
+    if family.is_gated:
+        linear = (*norm, _W.MLP_TO_HIDDEN_LINEAR, _W.MLP_HIDDEN_LINEAR_BIAS)
+        yield Recipe(_L.MLP_PRE_LINEAR, read, linear, into_mlp, scale)
+        branches.append(_L.MLP_PRE_LINEAR)
+    yield Recipe(_L.MLP_POST_ACT, _same(*branches), (), activate)
+    yield from _write(
+        family,
         _L.RESID_DELTA_MLP,
         _same(_L.MLP_POST_ACT),
         (_W.MLP_TO_RESIDUAL, _W.MLP_OUTPUT_BIAS),
-        _affine,
-    ),
-    Recipe(_L.RESID_POST_MLP, _same(_L.RESID_POST_ATTN, _L.RESID_DELTA_MLP), (), _add),
-    Recipe(_L.RESID_FINAL_LAYER_NORM_SCALE, (_LAST,), (), _norm_scale),
-    Recipe(_L.LOGITS, (_LAST,), (*_FINAL_NORM, _W.UNEMBEDDING), _unembed),
-    Recipe(
-        _L.RESID_DELTA_ATTN,
-        (*_same(_L.RESID_POST_ATTN), _BEFORE),
-        (),
-        _subtract,
-        _LAST_RESORT,
-    ),
-    Recipe(
-        _L.RESID_DELTA_MLP,
-        _same(_L.RESID_POST_MLP, _L.RESID_POST_ATTN),
-        (),
-        _subtract,
-        _LAST_RESORT,
-    ),
-    Recipe(
-        _L.RESID_POST_ATTN,
-        _same(_L.RESID_POST_MLP, _L.RESID_DELTA_MLP),
-        (),
-        _subtract,
-        _LAST_RESORT,
-    ),
-)
+        affine,
+        (_L.MLP_OUTPUT_LAYER_NORM_SCALE, _W.LAYER_NORM_GAIN_POST_MLP),
+    )
 
-RECIPES: Mapping[str, tuple[Recipe, ...]] = MappingProxyType({"gpt2": _GPT2})
+
+def _write(
+    family: Architecture,
+    target: ActivationLocationType,
+    inputs: tuple[Source, ...],
+    weights: tuple[WeightName, ...],
+    function: Function,
+    post_norm: tuple[ActivationLocationType, WeightLocationType],
+) -> Iterator[Recipe]:
+    """What is added to the stream, through the norm that follows where there is one."""
+    if not family.has_post_norms:
+        yield Recipe(target, inputs, weights, function)
+        return
+    scale, gain = post_norm
+    yield Recipe(scale, inputs, weights, then_scale(function))
+    yield Recipe(target, inputs, (*weights, gain), then_normed(function), scale)
+
+
+def _residuals(family: Architecture) -> Iterator[Recipe]:
+    """The streams as sums of what is written, then what is written as their difference."""
+    attention, mlp = _same(_L.RESID_DELTA_ATTN, _L.RESID_DELTA_MLP)
+    middle, after = _same(_L.RESID_POST_ATTN, _L.RESID_POST_MLP)
+    # (sum, addends): all that are targets of their own can be had from the others.
+    sums = (
+        ((after, (_BEFORE, attention, mlp)),)
+        if family.is_parallel
+        else ((middle, (_BEFORE, attention)), (after, (middle, mlp)))
+    )
+    for whole, addends in sums:
+        yield Recipe(whole.location, addends, (), total)
+    for whole, addends in sums:
+        for addend in addends:
+            if addend is not _BEFORE:
+                others = tuple(other for other in addends if other is not addend)
+                inputs = (whole, *others)
+                yield Recipe(addend.location, inputs, (), difference, cost=_LAST_RESORT)
+
+
+def recipes_of(family: Architecture) -> tuple[Recipe, ...]:
+    """The recipes of a family's locations; the first of each is the model's own computation."""
+    embedding = (_W.EMBEDDING, _W.POSITION_EMBEDDING)
+    final = _norm_weights(family, _W.LAYER_NORM_GAIN_FINAL, _W.LAYER_NORM_BIAS_FINAL)
+    scale = _L.RESID_FINAL_LAYER_NORM_SCALE
+    ways = (
+        Recipe(
+            _L.RESID_POST_EMBEDDING,
+            (),
+            tuple(name for name in embedding if name in family.weights),
+            embed,
+        ),
+        *_attention(family),
+        *_mlp(family),
+        *_residuals(family),
+        Recipe(scale, (_LAST,), (), norm_scale),
+        Recipe(_L.LOGITS, (_LAST,), (*final, _W.UNEMBEDDING), unembed, scale),
+    )
+    return tuple(sorted(ways, key=lambda recipe: recipe.cost >= _LAST_RESORT))
+
+
+RECIPES: Mapping[str, tuple[Recipe, ...]] = MappingProxyType(
+    {family.name: recipes_of(family) for family in ARCHITECTURES}
+)
 """Architecture -> its recipes."""
+
+
+def recompute(
+    recipes: Sequence[Recipe],
+    target: ActivationLocationType,
+    setting: Setting,
+    weight: WeightOf,
+    given: Mapping[ActivationLocationType, "Tensor"],
+    before: "Tensor | None" = None,
+) -> "Tensor":
+    """A location of one layer as a function of what stands before it.
+
+    Args:
+        recipes: those of the architecture.
+        target: the location wanted.
+        setting: its layer, and how norms are differentiated.
+        weight: where weights come from.
+        given: locations of the same layer whose values are known; a value that is to be a
+            constant is given detached. The stream that the MLP reads goes by
+            ``resid_post_attn`` in models without one too.
+        before: the residual stream before the layer, ``(token, channel)``.
+
+    Returns:
+        ``(token, *unit axes)``, on the graph of what was given.
+    """
+    known = dict(given)
+    if setting.dimensions.is_parallel and _L.RESID_POST_ATTN in known:
+        # Where the MLP reads what attention reads, the stream before it is the layer's.
+        before = known.pop(_L.RESID_POST_ATTN)
+
+    def value(source: Source) -> "Tensor":
+        if source.layer is LayerRule.PREVIOUS:
+            assert before is not None, "the residual stream before the layer is needed"
+            return before
+        return at(source.location)
+
+    def at(location: ActivationLocationType) -> "Tensor":
+        if location not in known:
+            recipe = next(recipe for recipe in recipes if recipe.target is location)
+            weights = [weight(name, setting.layer) for name in recipe.weights]
+            inputs = [value(source) for source in recipe.inputs]
+            known[location] = recipe.function(inputs, weights, setting)
+        return known[location]
+
+    return at(target)

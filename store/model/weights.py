@@ -141,7 +141,8 @@ class ModelWeights:
             dtype: ``float64`` or ``float32``; both hold float16, bfloat16 and float32.
 
         Returns:
-            A C-contiguous array of its own.
+            A C-contiguous array of its own. A bias that models of the family may lack is
+            zeros where this one does; keys and values have as many heads as the model shares.
 
         Raises:
             InvalidInput: no such layer, or another dtype.
@@ -164,7 +165,7 @@ class ModelWeights:
             dtype: ``float64`` or ``float32``.
 
         Returns:
-            (head, head_channel).
+            (head, head_channel); zeros where the model has no such bias.
 
         Raises:
             InvalidInput: no such layer, or another dtype.
@@ -172,7 +173,9 @@ class ModelWeights:
         """
         self._check_layer(f"{location}'s bias", layer, True)
         source = self.architecture.attention_biases.get(location)
-        expected = (self.dimensions.n_heads, self.dimensions.d_head)
+        is_query = location is ActivationLocationType.ATTN_QUERY
+        heads = self.dimensions.n_heads if is_query else self.dimensions.kv_heads
+        expected = (heads, self.dimensions.d_head)
         return self._read(f"{location}'s bias", source, layer, dtype, expected)
 
     def _check_layer(self, what: str, layer: int | None, has_layers: bool) -> None:
@@ -202,13 +205,16 @@ class ModelWeights:
                 kind=ErrorKind.INVALID_ARGUMENT,
             )
         name = source.name.format(layer=layer) if source else ""
+        if source is not None and source.is_optional and name not in self._source:
+            return np.zeros(expected, dtype)
         if source is None or name not in self._source:
             raise Unavailable(
                 f"A {self.architecture.name} model as stored here has no {what}. "
                 "Ask for something that does not need it.",
                 kind=ErrorKind.NOT_STORED,
             )
-        array = source.arrange(self._source.array(name), self.dimensions.n_heads)
+        # The head axis is the first one.
+        array = source.arrange(self._source.array(name), expected[0])
         if array.shape != expected:
             raise StoreDamaged(
                 f"{name} has shape {array.shape}, where the config says {expected}. "
@@ -229,4 +235,5 @@ def open_model(root: Path) -> ModelWeights:
     config = json.loads(snapshot.read_file(root, CONFIG_KEY))
     architecture = architecture_of(config)
     source = ParameterFile(root / PARAMETERS_KEY, PARAMETERS_KEY)
-    return ModelWeights(architecture, architecture.dimensions(config), source)
+    dimensions = architecture.dimensions(config, snapshot.run_dtype)
+    return ModelWeights(architecture, dimensions, source)
