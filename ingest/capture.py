@@ -9,17 +9,14 @@ them see something else stops the run instead of filling a store with it.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
-from weakref import WeakSet
+from typing import Self
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from actstore.ingest.attention import attention_implementation, recorded_attention, switched_to
+from actstore.ingest.attention import attention_implementation, switched_to
+from actstore.ingest.hooks import Handler, evaluating, exclusively, handled
 from actstore.ingest.model import LoadedModel
 from actstore.store.errors import ErrorKind, IngestStopped, InvalidInput
-from actstore.store.model.architecture import NormKind, Reading
 from actstore.store.vocabulary import ActivationLocationType
 
 __all__ = ["Capture", "Sink"]
@@ -28,7 +25,6 @@ Sink = Callable[[ActivationLocationType, int | None, torch.Tensor], None]
 """Receives (location, layer, tensor); the tensor may be a view that lives on in the model,
 so a sink copies what it keeps, and never writes into it."""
 
-_captured: WeakSet[nn.Module] = WeakSet()
 _CHECKED_TOKENS = 6
 _CHECKED_ROWS = 2
 _TOLERANCE = {
@@ -53,17 +49,22 @@ class Capture:
         InvalidInput: on creation, when no location is given or the architecture lacks
             one; on entry, when the model is being captured already.
         IngestStopped: on entry, when the hooked model does not compute what the bare
-            one does, or attends to later tokens.
+            one does, or attends to later tokens; or when the bare one's logits are not finite.
     """
 
     def __init__(self, loaded: LoadedModel, locations: Iterable[ActivationLocationType]) -> None:
         wanted = set(locations)
         known = loaded.architecture.taps
         absent = ", ".join(sorted(str(location) for location in wanted - known.keys()))
+        reasons = "".join(
+            f"{loaded.architecture.why_absent(location)}. "
+            for location in ActivationLocationType
+            if location in wanted - known.keys()
+        )
         if absent or not wanted:
             raise InvalidInput(
-                f"Locations to capture: {absent or 'none'}. A {loaded.architecture.name} model "
-                f"has {', '.join(str(location) for location in known)}; name some of these.",
+                f"Locations to capture: {absent or 'none'}. {reasons}A {loaded.architecture.name} "
+                f"model has {', '.join(str(location) for location in known)}; name some of these.",
                 kind=ErrorKind.UNKNOWN_LOCATION,
             )
         self.locations = tuple(
@@ -78,15 +79,9 @@ class Capture:
         self._needs_head = ActivationLocationType.LOGITS in wanted
 
     def __enter__(self) -> Self:
-        if self._model in _captured:
-            raise InvalidInput(
-                "This model is being captured already. Leave the other Capture first.",
-                kind=ErrorKind.INVALID_ARGUMENT,
-            )
         with ExitStack() as stack:
-            _captured.add(self._model)
-            stack.callback(_captured.discard, self._model)
-            _evaluate(self._model, stack)
+            stack.enter_context(exclusively(self._model))
+            stack.enter_context(evaluating(self._model))
             implementation = attention_implementation(self._model)
             bare = self._check_logits()
             reference = self._install(stack)
@@ -184,55 +179,21 @@ class Capture:
         return found
 
     def _install(self, stack: ExitStack) -> str:
-        attention: dict[nn.Module, dict[Reading, Callable[[torch.Tensor], None]]] = {}
-        for location in self.locations:
-            tap = self._loaded.architecture.taps[location]
-            layers: Iterable[int | None] = (
+        handlers = {
+            (location, layer): self._emitter(location, layer)
+            for location in self.locations
+            for layer in (
                 range(self._loaded.dimensions.n_layers) if location.has_layers else (None,)
             )
-            for layer in layers:
-                module = self._model.get_submodule(tap.module_name(layer))
-                emit = self._emitter(location, layer)
-                if tap.reading.is_attention:
-                    attention.setdefault(module, {})[tap.reading] = emit
-                elif tap.reading is not Reading.LOGITS:
-                    stack.callback(self._hook(module, tap.reading, emit).remove)
-        if attention:
-            return stack.enter_context(recorded_attention(self._model, attention))
-        return attention_implementation(self._model)
+        }
+        return stack.enter_context(handled(self._loaded, handlers))
 
-    def _emitter(
-        self, location: ActivationLocationType, layer: int | None
-    ) -> Callable[[torch.Tensor], None]:
+    def _emitter(self, location: ActivationLocationType, layer: int | None) -> Handler:
         def emit(tensor: torch.Tensor) -> None:
             if self._sink is not None:
                 self._sink(location, layer, tensor)
 
         return emit
-
-    def _hook(
-        self, module: nn.Module, reading: Reading, emit: Callable[[torch.Tensor], None]
-    ) -> RemovableHandle:
-        if reading is Reading.OUTPUT:
-
-            def after(_: nn.Module, __: Any, output: Any) -> None:
-                emit(output[0] if isinstance(output, tuple) else output)
-
-            return module.register_forward_hook(after)
-        if reading is Reading.INPUT:
-
-            def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-                emit(inputs[0])
-
-            return module.register_forward_pre_hook(before)
-        scale = _NORM_SCALES[self._loaded.architecture.norm]
-        epsilon = self._loaded.dimensions.layer_norm_epsilon
-
-        def measure(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self._sink is not None:
-                emit(scale(inputs[0], epsilon))
-
-        return module.register_forward_pre_hook(measure)
 
     def _check_input(self, input_ids: torch.Tensor) -> None:
         dimensions = self._loaded.dimensions
@@ -283,8 +244,13 @@ class Capture:
             reference: the stock attention implementation to equal bit by bit; None: the
                 model's own, which computed ``bare``.
         """
+        self._require_finite(bare)
         hooked = self._check_logits()
-        allowed = _TOLERANCE[self._loaded.dtype] * float(bare[0].abs().max())
+        dtype = self._loaded.dtype
+        if self._loaded.architecture.softmax_in_float32 and dtype is torch.float64:
+            # The stepwise function rounds probabilities that fused kernels do not.
+            dtype = torch.float32
+        allowed = _TOLERANCE[dtype] * float(bare[0].abs().max())
         difference = _distance(bare[0], hooked[0])
         if not difference <= allowed:
             raise _mismatch(f"its logits change by {difference:.3g} (allowed: {allowed:.3g})")
@@ -303,6 +269,26 @@ class Capture:
             raise _mismatch(f"a later token changes the logits before it by {leak:.3g}")
         self._check_seen()
 
+    def _require_finite(self, bare: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Stop at a model whose own logits are not numbers: NaN would equal nothing, itself included."""
+        if all(bool(logits.isfinite().all()) for logits in bare):
+            return
+        broken = [
+            name
+            for name, weight in self._model.named_parameters()
+            if not bool(weight.isfinite().all())
+        ]
+        cause = (
+            f"its weights {', '.join(broken[:3])} hold NaN or infinite values"
+            if broken
+            else f"its weights are finite, so {self._loaded.dtype} is too narrow for them"
+        )
+        raise IngestStopped(
+            f"The bare model's own logits are not finite: {cause}. Nothing was stored; download "
+            "or save the model again, or load it in a wider dtype.",
+            kind=ErrorKind.NUMERIC_OVERFLOW,
+        )
+
     def _check_seen(self) -> None:
         batch, _ = self._check_batches()
         rows, width = batch.shape
@@ -319,28 +305,6 @@ class Capture:
                 found = seen.get((location, layer), [])
                 if found != expected:
                     raise _mismatch(f"{location} of layer {layer} is {found}, not {expected}")
-
-
-def _layer_norm_scale(inputs: torch.Tensor, epsilon: float) -> torch.Tensor:
-    # Norms compute in at least float32 whatever the model's dtype.
-    wide = inputs.float() if inputs.dtype.itemsize < 4 else inputs
-    return torch.sqrt(wide.var(dim=-1, correction=0, keepdim=True) + epsilon)
-
-
-_NORM_SCALES: dict[NormKind, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    NormKind.LAYER_NORM: _layer_norm_scale
-}
-
-
-def _evaluate(model: nn.Module, stack: ExitStack) -> None:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-
-    def restore() -> None:
-        for module in training:
-            module.training = True
-
-    stack.callback(restore)
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

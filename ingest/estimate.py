@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from actstore.store.errors import ErrorKind, IngestStopped
+from actstore.store.index_fold import list_depth
 from actstore.store.layout import PAGE_ROWS, ArraySpec
 from actstore.store.plan import Plan
 from actstore.store.sections import BLOCK
@@ -20,7 +21,6 @@ __all__ = ["Estimate", "StoreSize", "array_bytes", "free_space", "require_space"
 _SPACE_SHARE = 0.8
 """Share of the free space that an ingest may plan to fill."""
 
-_LIST_DEPTH = 128
 _LISTED_ENTRIES = 32
 _ZONE_FOOTER = 410
 _PLAIN_FOOTER = 90
@@ -186,8 +186,8 @@ class StoreSize:
         return sum(plan.n_segments for plan in self.plans)
 
     def _files(self) -> int:
-        # Zarr metadata of every location and pass, of their group and of the token ids.
-        metadata = 2 * len({spec.location for spec in self.arrays}) + 2
+        # Zarr metadata of every location and array, of their group and of the token ids.
+        metadata = len({spec.location for spec in self.arrays}) + len(self.arrays) + 2
         per_store = metadata + self.model_files + 2 if self.is_new else 0
         # The snapshot and its record, and the self-check.
         derived = sum(spec.has_zones for spec in self.arrays) + 3
@@ -196,7 +196,7 @@ class StoreSize:
 
     def _index_bytes(self, spec: ArraySpec) -> int:
         """The compacted index of an array, which covers all segments."""
-        depth = min(_LIST_DEPTH, LIST_LENGTH * self._segments)
+        depth = list_depth(self._segments)
         key = spec.dtype.keys.itemsize
         row = 4 if self._segments * spec.segment_rows < 2**32 else 8
         record = 6 + 2 * depth * (row + key)

@@ -34,6 +34,15 @@ _DTYPES = {
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 _HUB_SECONDS = 10.0
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,11 @@ def _from_files(
         )
     model, report = loaded
     _check_complete(source, report)
-    model = model.to(device=device, dtype=wanted or _automatic(model.dtype, device))
+    model = model.to(device=device)
+    runs_in = wanted or _automatic(model.dtype, device)
+    if model.dtype != runs_in:
+        # Never for a dtype that was loaded: a cast would round the rotary frequencies too.
+        model = model.to(dtype=runs_in)
     model.eval().requires_grad_(False)
     with _loading(source, local):
         tokenizer = _tokenizer(source, options)
@@ -184,7 +197,7 @@ def _described(
 ) -> LoadedModel:
     config = model.config.to_dict()
     architecture = architecture_of(config)
-    dimensions = architecture.dimensions(config)
+    architecture.dimensions(config)
     _check_modules(model, architecture)
     places = {(tensor.device, tensor.dtype) for tensor in model.parameters()}
     if len(places) != 1:
@@ -193,6 +206,8 @@ def _described(
     ((device, dtype),) = places
     if dtype not in _DTYPES.values():
         raise unsupported_model(f"its parameters are {dtype_name(dtype)}")
+    dimensions = architecture.dimensions(config, dtype_name(dtype))
+    _check_rotation(model, dimensions)
     parameters, stored_dtype = encode_parameters(model.state_dict())
     return LoadedModel(
         model=model,
@@ -220,6 +235,24 @@ def _check_modules(model: PreTrainedModel, architecture: Architecture) -> None:
         )
 
 
+def _check_rotation(model: PreTrainedModel, dimensions: ModelDimensions) -> None:
+    known = [rotary.frequencies() for rotary in dict.fromkeys(dimensions.rotary)]
+    for name, buffer in model.named_buffers():
+        if not name.endswith("inv_freq") or "original" in name:
+            continue
+        found = buffer.detach().float().cpu()
+        # Accelerators may differ in the last bit; half precision differs in the third digit.
+        if not any(
+            found.shape == one.shape and torch.allclose(found, one, rtol=1e-5, atol=0)
+            for one in known
+        ):
+            raise unsupported_model(
+                f"its rotary frequencies {name} are not those of its config; a model that was "
+                f"cast with .to({dtype_name(buffer.dtype)}) has rounded them, and one loaded with "
+                "from_pretrained(…, dtype=…) has not"
+            )
+
+
 def _check_complete(source: str, report: Mapping[str, Any]) -> None:
     # transformers fills what it misses with random numbers and only warns.
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -232,6 +265,10 @@ def _check_complete(source: str, report: Mapping[str, Any]) -> None:
 
 
 def _tokenizer(source: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase | None:
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        # transformers makes an empty one for some families, and fails for others.
+        return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:

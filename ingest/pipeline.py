@@ -10,9 +10,9 @@ from pathlib import Path
 
 from crc32c import crc32c
 
-from actstore.ingest.capture import Capture
 from actstore.ingest.model import LoadedModel
 from actstore.ingest.preparation import Corpus, PlannedIngest, plan_ingest
+from actstore.ingest.recording import Recorder
 from actstore.ingest.report import IngestReport
 from actstore.ingest.selfcheck import check_store
 from actstore.ingest.settings import IngestSettings, Progress
@@ -87,7 +87,7 @@ def ingest(
     stored = sum(record.rows for record in commits.values())
     return IngestReport(
         path=str(out),
-        planned=sum(plan.counts.tokens for plan in planned.outcome.plans),
+        planned=sum(plan.counts.tokens for plan in planned.plans),
         stored=stored,
         dropped=dict(planned.outcome.dropped),
         segments=reader.planned_segments,
@@ -98,6 +98,7 @@ def ingest(
         bytes_written=sum(entry.size for record in written for entry in record.files),
         peak_memory=peak_memory(),
         errors=errors,
+        objective=planned.set_record.objective,
         interrupted=interrupted,
     )
 
@@ -125,9 +126,12 @@ def _write_segments(
         return
     name = planned.set_record.name
     with ExitStack() as stack:
-        locations = [spec.location for spec in planned.arrays]
         # When other sets replace every array, what is left is the rows themselves.
-        capture = stack.enter_context(Capture(planned.loaded, locations)) if locations else None
+        recorder = stack.enter_context(
+            Recorder(
+                planned.loaded, planned.arrays, planned.settings.chosen_objective, planned.plans
+            )
+        )
         writer = SegmentWriter(blobs, planned.set_record, planned.arrays, committed)
         try:
             for number in _order(sorted(planned.remaining), planned.settings.worker):
@@ -136,12 +140,11 @@ def _write_segments(
                     if not is_ours or blobs.exists(commit_path(name, number)):
                         total -= planned.remaining[number]
                         continue
-                    plan = _plan_of(planned.outcome.plans, number)
+                    plan = _plan_of(planned.plans, number)
                     segment = plan.segment(number)
                     assembly = writer.reserve(segment)
                     for batch in segment.batches:
-                        if capture is not None:
-                            capture.stream(assembly.input_ids(batch), assembly.sink)
+                        recorder.record(assembly, batch)
                         done += int(segment.length[batch.members].sum())
                         if progress is not None:
                             progress("forward", done, total)
@@ -177,7 +180,7 @@ def _publish_store(planned: PlannedIngest) -> None:
         if not blobs.publish(MANIFEST, [manifest.encode()]):
             read_manifest(blobs).require_same(manifest, blobs.root)
     _publish_same(blobs, planned.set_record.path, [planned.set_record.encode()])
-    last = planned.outcome.plans[-1]
+    last = planned.plans[-1]
     publish_metadata(blobs, planned.set_record, last.first_segment + last.n_segments)
 
 

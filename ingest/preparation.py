@@ -3,7 +3,7 @@
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ import transformers
 from actstore.ingest.corpus import open_corpus
 from actstore.ingest.estimate import array_bytes, require_space, zone_bytes
 from actstore.ingest.model import LoadedModel
-from actstore.ingest.probe import array_specs, choose_dtypes
+from actstore.ingest.set_records import require_same_objective, set_record_of
 from actstore.ingest.settings import IngestSettings, Progress, segment_rows_for
+from actstore.ingest.targets import DocumentTargets
 from actstore.ingest.tokenization import resolve_bos, special_token_ids, tokenize
 from actstore.store.blobs import TEMPORARY_MARK, LocalBlobs
 from actstore.store.commits import read_commits
-from actstore.store.errors import ErrorKind, InvalidInput, StoreConflict
+from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.layout import ArraySpec
 from actstore.store.manifest import (
     MANIFEST,
@@ -31,6 +32,7 @@ from actstore.store.manifest import (
 from actstore.store.plan import Plan, PlanConfig, load_plans
 from actstore.store.plan_publication import Approval
 from actstore.store.planning import PlanOutcome, build_plan
+from actstore.store.publishing import BASE_SET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,6 +81,11 @@ class PlannedIngest:
     is_new: bool
     remaining: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """All plans of the store."""
+        return self.outcome.plans
+
 
 def plan_ingest(
     loaded: LoadedModel,
@@ -107,11 +114,12 @@ def plan_ingest(
         InvalidInput: the corpus or a setting cannot be used.
         IngestStopped: what remains to be written does not fit.
     """
+    settings = settings.for_model(loaded.architecture.taps)
     blobs = LocalBlobs(out)
     existing = read_manifest(blobs) if blobs.exists(MANIFEST) else None
     if existing is None:
         _require_free(blobs)
-    if existing is None and settings.set_name != "base":
+    if existing is None and settings.set_name != BASE_SET:
         raise InvalidInput(
             f"{out} is not a store yet, and set {settings.set_name!r} is an addition to one. "
             "Ingest the base set first.",
@@ -120,6 +128,7 @@ def plan_ingest(
     config = _plan_config(loaded, settings, existing)
     manifest = _manifest(loaded, settings, config, existing)
     if existing is not None:
+        require_same_objective(existing, settings, out)
         existing.require_same(manifest, out)
         manifest = existing
     blobs.sweep()
@@ -168,8 +177,12 @@ class _Work:
 def _work(
     loaded: LoadedModel, settings: IngestSettings, blobs: LocalBlobs, plans: Sequence[Plan]
 ) -> _Work:
+    objective = settings.chosen_objective
+    if objective is not None:
+        vocabulary = loaded.dimensions.vocabulary_size
+        DocumentTargets(objective, plans, loaded.tokenizer, vocabulary).check()
     sets = read_sets(blobs, plans[0].config.segment_rows)
-    set_record = _set_record(loaded, settings, blobs, plans[0], sets)
+    set_record = set_record_of(loaded, settings, blobs, plans[0], sets)
     replaced = replaced_arrays(sets)
     committed = read_commits(blobs, set_record.name)
     return _Work(
@@ -210,11 +223,12 @@ def _plan_config(
         )
     accelerated = loaded.device.type != "cpu"
     value_bytes = 4 if settings.dtype_rules[0] == "float32" else 2
+    sizes = [(place, value_bytes) for place in settings.chosen]
     per_token = sum(
-        value_bytes
+        size
         * (loaded.dimensions.n_layers if place.has_layers else 1)
         * math.prod(loaded.dimensions.unit_shape(place, context))
-        for place in settings.chosen
+        for place, size in [*sizes, *((place, 4) for place in settings.chosen_gradients)]
     )
     rows = settings.segment_rows or stored.get("segment_rows")
     policy = settings.bos if settings.bos != "auto" or not stored else str(stored["bos"])
@@ -249,7 +263,7 @@ def _planned_corpus(
     approve: Approval,
 ) -> PlanOutcome:
     """The plans of the corpus; a further set may leave the corpus to the store's own plans."""
-    if corpus.source is None and plans and settings.set_name != "base":
+    if corpus.source is None and plans and settings.set_name != BASE_SET:
         counts = [plan.counts for plan in plans]
         return PlanOutcome(
             plans=tuple(plans),
@@ -282,13 +296,14 @@ def _manifest(
     config: PlanConfig,
     existing: StoreManifest | None,
 ) -> StoreManifest:
-    is_addition = existing is not None and settings.set_name != "base"
+    is_addition = existing is not None and settings.set_name != BASE_SET
+    objective = settings.chosen_objective
     return StoreManifest(
         model={
             "name": loaded.name,
             "revision": loaded.revision,
             "architecture": loaded.architecture.name,
-            "dimensions": asdict(loaded.dimensions),
+            "dimensions": loaded.dimensions.record(),
             "fingerprint": loaded.fingerprint,
             "run_dtype": str(loaded.dtype).removeprefix("torch."),
         },
@@ -304,7 +319,9 @@ def _manifest(
             "segment_rows": config.segment_rows,
             "batch_tokens": config.batch_tokens,
             "dtype": existing.config["dtype"] if existing and is_addition else settings.dtype,
-            "objective": None,
+            "objective": existing.config["objective"]
+            if existing and is_addition
+            else (objective.name if objective else None),
         },
         environment={
             "device": str(loaded.device),
@@ -312,39 +329,6 @@ def _manifest(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-    )
-
-
-def _set_record(
-    loaded: LoadedModel,
-    settings: IngestSettings,
-    blobs: LocalBlobs,
-    plan: Plan,
-    sets: dict[str, SetRecord],
-) -> SetRecord:
-    """The store's own record of the set, or one with dtypes probed on the first plan."""
-    name = settings.set_name
-    if name in sets:
-        stored = [spec.location.label for spec in sets[name].arrays]
-        wanted = [location.label for location in settings.chosen]
-        if stored != wanted:
-            raise StoreConflict(
-                f"{blobs.root} stores {', '.join(stored)} in set {name!r}; this run asks for "
-                f"{', '.join(wanted)}. "
-                "Repeat the store's own locations, or ingest into another path.",
-                kind=ErrorKind.CONFIG_CONFLICT,
-            )
-        return sets[name]
-    dtypes = choose_dtypes(loaded, settings, plan)
-    arrays = array_specs(loaded, dtypes, plan.config.segment_rows, plan.config.context)
-    current = {spec.key for record in sets.values() for spec in record.arrays}
-    current -= replaced_arrays(sets)
-    again = {key.split("@")[0]: key for key in current}
-    return SetRecord(
-        name=name,
-        arrays=tuple(replace(s, variant=name) if s.key in again else s for s in arrays),
-        retention={spec.location.label: "raw" for spec in arrays},
-        replaces=tuple(again[spec.key] for spec in arrays if spec.key in again),
     )
 
 

@@ -6,36 +6,25 @@ a few batches that are captured and published there.
 """
 
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from actstore.ingest.capture import Capture
 from actstore.ingest.estimate import Estimate, StoreSize, free_space
 from actstore.ingest.model import LoadedModel
 from actstore.ingest.preparation import Corpus, PlannedIngest, plan_ingest
+from actstore.ingest.sampling import measure_sample
 from actstore.ingest.settings import IngestSettings, Progress
-from actstore.ingest.writer import SegmentAssembly
-from actstore.store.blobs import LocalBlobs
-from actstore.store.layout import PAGE_ROWS
-from actstore.store.manifest import SetRecord, replaced_arrays
+from actstore.store.manifest import replaced_arrays
 from actstore.store.model.readout import TOKENS_KEPT
-from actstore.store.plan import Plan, SegmentPlan
+from actstore.store.plan import Plan
 from actstore.store.plan_record import PLAN_FOLDER, RECORD_FILE
-from actstore.store.publishing import BASE_SET, publish_segment
+from actstore.store.publishing import BASE_SET
 from actstore.store.reader import StoreReader
-from actstore.store.vocabulary import ActivationLocationType
 
 __all__ = ["PlanSummary", "Preview", "preview", "remaining_work"]
 
-_SAMPLE_SECONDS = 5.0
-_SAMPLE_BATCHES = 2
-_MOST_ROWS = 65536
 _RECORD_BYTES = 4096
 
 
@@ -55,6 +44,7 @@ class PlanSummary:
         segments_committed: segments that need not be ingested again.
         config: context, stride, BOS policy, rows of a segment, tokens of a batch.
         arrays: ``location/pass`` -> dtype.
+        objective: what the backward arrays are the gradients of; None without any.
     """
 
     documents: int
@@ -68,6 +58,7 @@ class PlanSummary:
     segments_committed: int
     config: Mapping[str, Any]
     arrays: Mapping[str, str]
+    objective: str | None = None
 
     @property
     def padding_share(self) -> float:
@@ -127,7 +118,7 @@ def preview(
             seconds=None, rerun_seconds=None, free_bytes=free_space(target)
         )
         if measure and planned.remaining and planned.arrays:
-            sample = _measure(planned, Path(folder) / "sample", progress)
+            sample = measure_sample(planned, Path(folder) / "sample", progress)
             estimate = sample.refine(
                 estimate, _padded_tokens(planned.outcome.plans, planned.remaining)
             )
@@ -213,6 +204,7 @@ def _summary(planned: PlannedIngest) -> PlanSummary:
             "shuffle": config.shuffle,
         },
         arrays={spec.key: spec.dtype.value for spec in planned.arrays},
+        objective=planned.set_record.objective,
     )
 
 
@@ -261,134 +253,3 @@ def _padded_tokens(plans: Sequence[Plan], remaining: Mapping[int, int]) -> float
         rows = sum(remaining.get(number, 0) for number in numbers)
         total += plan.counts.padded_tokens * rows / plan.counts.tokens
     return total
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """What a sample took.
-
-    Attributes:
-        forward: seconds of a padded token's forward pass, nothing kept.
-        captured: the same with its values kept.
-        published: seconds of a row's publication.
-        overlap: whether capturing and publishing run beside each other.
-        compression: array -> share of its bytes that compression leaves; compressed ones alone.
-    """
-
-    forward: float
-    captured: float
-    published: float
-    overlap: bool
-    compression: Mapping[str, float]
-
-    def refine(self, estimate: Estimate, padded_tokens: float) -> Estimate:
-        """The estimate with times, and compressed arrays at their measured size."""
-        steps = (self.captured * padded_tokens, self.published * estimate.tokens)
-        return replace(
-            estimate,
-            seconds=max(steps) if self.overlap else sum(steps),
-            rerun_seconds=self.forward * padded_tokens,
-            bytes_by_array={
-                key: round(size * self.compression.get(key, 1.0))
-                for key, size in estimate.bytes_by_array.items()
-            },
-        )
-
-
-def _measure(planned: PlannedIngest, folder: Path, progress: Progress | None) -> _Sample:
-    """Ingest a few batches into a folder of their own."""
-    plan = _sample_plan(planned, folder)
-    segment = plan.segment(0)
-    loaded = planned.loaded
-    specs = tuple(
-        replace(spec, segment_rows=plan.config.segment_rows, variant="") for spec in planned.arrays
-    )
-    assembly = SegmentAssembly(specs, segment)
-    done = forward = captured = 0.0
-    with Capture(loaded, [spec.location for spec in specs]) as capture:
-        # The first pass of a shape is slower than those that follow.
-        capture.stream(assembly.input_ids(segment.batches[0]), _ignore)
-        for batch in segment.batches:
-            ids = assembly.input_ids(batch)
-            started = _now(loaded)
-            capture.stream(ids, _ignore)
-            between = _now(loaded)
-            capture.stream(ids, assembly.sink)
-            forward += between - started
-            captured += _now(loaded) - between
-            done += ids.numel()
-            if progress is not None:
-                progress("measure", int(done), plan.counts.padded_tokens)
-            if forward + captured > _SAMPLE_SECONDS:
-                break
-    blobs = LocalBlobs(folder)
-    started = time.monotonic()
-    record = SetRecord(BASE_SET, specs, {spec.location.label: "raw" for spec in specs})
-    committed = publish_segment(blobs, record, plan.hash, segment, assembly.buffers)
-    published = time.monotonic() - started
-    sizes = {entry.path: entry.size for entry in committed.files}
-    return _Sample(
-        forward / done,
-        captured / done,
-        published / segment.n_rows,
-        overlap=loaded.device.type != "cpu",
-        compression={
-            original.key: sizes[spec.shard_path(0, 0)] / spec.shard_bytes(0, segment.n_rows)
-            for original, spec in zip(planned.arrays, specs, strict=True)
-            if spec.is_compressed
-        },
-    )
-
-
-def _sample_plan(planned: PlannedIngest, folder: Path) -> Plan:
-    """A plan of some of the sequences that remain, in a segment of their own."""
-    number = min(planned.remaining)
-    plan = next(
-        plan
-        for plan in planned.outcome.plans
-        if plan.first_segment <= number < plan.first_segment + plan.n_segments
-    )
-    config = plan.config
-    least = max(4 * config.context, _SAMPLE_BATCHES * config.batch_tokens)
-    rows = min(-(-least // PAGE_ROWS) * PAGE_ROWS, config.segment_rows, _MOST_ROWS)
-    settings = replace(
-        planned.settings,
-        context=config.context,
-        stride=None,
-        bos="none",
-        segment_rows=rows,
-        batch_tokens=config.batch_tokens,
-        # Every dtype is known, so nothing is probed again.
-        dtype=",".join(["auto", *(f"{s.location}={s.dtype}" for s in planned.set_record.arrays)]),
-        limit_tokens=rows,
-        shuffle=None,
-        append=False,
-    )
-    ids = _sequences(plan.segment(number), rows)
-    sample = plan_ingest(planned.loaded, Corpus(ids), folder, settings, needs_room=False)
-    return sample.outcome.plans[0]
-
-
-def _sequences(segment: SegmentPlan, rows: int) -> list[list[int]]:
-    """Whole batches from all over the segment, up to so many rows."""
-    order = np.random.default_rng(0).permutation(len(segment.batches))
-    chosen: list[list[int]] = []
-    total = 0
-    for number in order:
-        for member in segment.batches[number].members:
-            length = int(segment.length[member])
-            if total + length > rows and chosen:
-                return chosen
-            chosen.append(segment.sequence_token_ids(int(member)).tolist())
-            total += length
-    return chosen
-
-
-def _ignore(location: ActivationLocationType, layer: int | None, tensor: torch.Tensor) -> None:
-    """Keep nothing."""
-
-
-def _now(loaded: LoadedModel) -> float:
-    if loaded.device.type == "cuda":
-        torch.cuda.synchronize(loaded.device)
-    return time.monotonic()

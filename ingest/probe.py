@@ -71,17 +71,31 @@ def array_specs(
     dtypes: dict[ActivationLocationType, StoredDtype],
     segment_rows: int,
     context: int,
+    gradients: Sequence[ActivationLocationType] = (),
+    objective: str | None = None,
 ) -> tuple[ArraySpec, ...]:
-    """The arrays of a set, in the order of the locations; pairs reach to the context."""
+    """The arrays of a set, values before gradients, in the order of the locations.
+
+    Args:
+        loaded: the model.
+        dtypes: location -> dtype of its values.
+        segment_rows: S of the store.
+        context: where the attended axis of pairs ends.
+        gradients: locations whose gradients are kept, as float32.
+        objective: name of what they are the gradients of.
+    """
     dimensions = loaded.dimensions
+    kinds = [(location, PassType.FORWARD, dtype) for location, dtype in dtypes.items()]
+    kinds += [(location, PassType.BACKWARD, StoredDtype.FLOAT32) for location in gradients]
     return tuple(
         ArraySpec(
             location=location,
-            pass_type=PassType.FORWARD,
+            pass_type=pass_type,
             layers=dimensions.n_layers if location.has_layers else None,
             unit_shape=dimensions.unit_shape(location, context),
             dtype=dtype,
             segment_rows=segment_rows,
+            objective=objective if pass_type is PassType.BACKWARD else None,
         )
-        for location, dtype in dtypes.items()
+        for location, pass_type, dtype in kinds
     )

@@ -23,7 +23,9 @@ class IngestReport:
         tokens_per_second: of the segments this run wrote, forward pass to commit; None if none.
         bytes_written: bytes of the files that this run committed.
         peak_memory: the process' largest resident set, in bytes.
-        errors: location -> largest relative error that the self-check measured.
+        errors: location, or ``<location>/backward[@<set>]``, -> largest relative error that the
+            self-check measured.
+        objective: what this run's gradients are of; None where it kept none.
         interrupted: the run was stopped by the user; running it again resumes.
     """
 
@@ -39,6 +41,7 @@ class IngestReport:
     bytes_written: int
     peak_memory: int
     errors: Mapping[str, float] = field(default_factory=dict)
+    objective: str | None = None
     interrupted: bool = False
 
     @property

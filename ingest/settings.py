@@ -1,14 +1,17 @@
 """What a person may choose about an ingest, validated before anything is read."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+from actstore.ingest.objectives import Objective, parse_objective
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.layout import PAGE_ROWS, StoredDtype
+from actstore.store.publishing import BASE_SET
 from actstore.store.vocabulary import ActivationLocationType, parse_location, parse_locations
 
-__all__ = ["IngestSettings", "Progress", "segment_rows_for"]
+__all__ = ["DEFAULT_GRADIENTS", "IngestSettings", "Progress", "segment_rows_for"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (``plan``, ``forward``, ``compact``), tokens done and tokens in all."""
@@ -16,18 +19,39 @@ Progress = Callable[[str, int, int], None]
 _SET_NAME = re.compile("[a-z0-9][a-z0-9_-]*")
 RETENTIONS = ("raw", "index", "none")
 
+_L = ActivationLocationType
+DEFAULT_GRADIENTS = (
+    _L.RESID_POST_EMBEDDING,
+    _L.ATTN_WEIGHTED_SUM_OF_VALUES,
+    _L.RESID_POST_ATTN,
+    _L.MLP_POST_ACT,
+    _L.RESID_POST_MLP,
+)
+"""Where gradients are kept unless others are named: all others follow from these on read.
+
+What attention and the MLP add has the gradient of the residual stream after it; scores,
+patterns, queries, keys and values have theirs from that of the weighted values; neurons
+before their activation function, and the norms' scales, from the places beside them.
+"""
+
 
 @dataclass(frozen=True)
 class IngestSettings:
     """The choices of an ingest; every field has the default that most people want.
 
     Attributes:
-        locations: presets and location names.
+        locations: presets and location names, or ``none``; None for ``neurons``, and for none
+            in a further set with an objective, which is there for its gradients.
         keep: location -> ``raw`` (values kept) or ``none``.
+        objective: what the backward pass differentiates, or its name; None for no backward
+            pass.
+        gradients: presets and names of the locations whose gradients are kept, always as
+            float32; :data:`DEFAULT_GRADIENTS` by default.
         context: longest sequence; the model's own length by default.
         stride: tokens between the starts of a document's sequences; ``context`` by default.
         bos: ``auto``, ``document``, ``sequence`` or ``none``.
-        dtype: ``auto`` or a dtype for all locations, with ``location=dtype`` exceptions.
+        dtype: ``auto`` or a dtype for all locations, with ``location=dtype`` exceptions;
+            gradients are float32 whatever it says.
         segment_rows: S; chosen from the device and the memory budget by default.
         batch_tokens: padded tokens of one forward pass.
         limit_tokens: plan no sequence that would pass this many tokens.
@@ -37,11 +61,14 @@ class IngestSettings:
         append: the corpus is a further one for a store that has others.
         set_name: ``base``, or a further set of locations for a store that has its base. A
             location that the store has already is stored anew, and replaces the old array.
+            Gradients never replace others: sets of several objectives stand beside each other.
         worker: (number, workers): this process starts at its share of the segments.
     """
 
-    locations: str | tuple[str, ...] = "neurons"
+    locations: str | tuple[str, ...] | None = None
     keep: Mapping[str, str] = field(default_factory=dict)
+    objective: Objective | str | None = None
+    gradients: str | tuple[str, ...] | None = None
     context: int | None = None
     stride: int | None = None
     bos: str = "auto"
@@ -57,7 +84,10 @@ class IngestSettings:
     worker: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        _ = self.chosen, self.dtype_rules
+        gradients = self.chosen_gradients
+        if not self.chosen and not gradients:
+            raise _invalid("keep leaves no location to store.")
+        _ = self.dtype_rules
         for name in ("context", "stride", "batch_tokens", "limit_tokens", "max_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -81,8 +111,11 @@ class IngestSettings:
     @property
     def chosen(self) -> tuple[ActivationLocationType, ...]:
         """The locations whose values are kept, in the order of the enumeration."""
-        names = self.locations if isinstance(self.locations, str) else list(self.locations)
-        chosen = set(parse_locations(names))
+        names = self.locations
+        if names is None:
+            gradients_alone = self.objective is not None and self.set_name != BASE_SET
+            names = "none" if gradients_alone else "neurons"
+        chosen = set() if names == "none" else set(parse_locations(names))
         for name, retention in self.keep.items():
             location = parse_location(name)[0]
             if retention not in RETENTIONS:
@@ -93,9 +126,49 @@ class IngestSettings:
                     "by this version; use 'raw' or 'none'."
                 )
             (chosen.add if retention == "raw" else chosen.discard)(location)
-        if not chosen:
-            raise _invalid("keep leaves no location to store.")
         return tuple(location for location in ActivationLocationType if location in chosen)
+
+    def for_model(self, present: Collection[ActivationLocationType]) -> Self:
+        """These settings with presets and defaults as far as a model has their locations.
+
+        Args:
+            present: the locations that the model has.
+        """
+        names, gradients = self.locations, self.gradients
+        if names is not None and names != "none":
+            names = tuple(place.label for place in parse_locations(names, present))
+        if gradients is not None:
+            gradients = tuple(place.label for place in parse_locations(gradients, present))
+        elif self.objective is not None:
+            gradients = tuple(place.label for place in DEFAULT_GRADIENTS if place in present)
+        return replace(self, locations=names, gradients=gradients)
+
+    @property
+    def chosen_objective(self) -> Objective | None:
+        """What the backward pass differentiates; None where there is none."""
+        named = self.objective
+        return parse_objective(named) if isinstance(named, str) else named
+
+    @property
+    def chosen_gradients(self) -> tuple[ActivationLocationType, ...]:
+        """The locations whose gradients are kept, in the order of the enumeration."""
+        if self.chosen_objective is None:
+            if self.gradients is not None:
+                raise _invalid(
+                    f"gradients is {self.gradients!r}, and there is no objective to differentiate. "
+                    "Name one: objective='next_token_log_prob'."
+                )
+            return ()
+        if self.gradients is None:
+            return DEFAULT_GRADIENTS
+        chosen = parse_locations(self.gradients)
+        pairs = [location.label for location in chosen if location.is_pair_shaped]
+        if pairs:
+            raise _invalid(
+                f"gradients names {', '.join(pairs)}: gradients of attended pairs are not stored. "
+                f"They follow from that of {_L.ATTN_WEIGHTED_SUM_OF_VALUES}."
+            )
+        return chosen
 
     @property
     def dtype_rules(self) -> tuple[str, dict[ActivationLocationType, StoredDtype]]:

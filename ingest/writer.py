@@ -18,7 +18,7 @@ from actstore.store.manifest import SetRecord
 from actstore.store.plan import Batch, SegmentPlan
 from actstore.store.publishing import publish_segment
 from actstore.store.shards import SegmentBuffer
-from actstore.store.vocabulary import ActivationLocationType
+from actstore.store.vocabulary import ActivationLocationType, PassType
 
 __all__ = ["NumericOverflow", "SegmentAssembly", "SegmentWriter", "stored_array"]
 
@@ -77,7 +77,7 @@ class SegmentAssembly:
     def __init__(self, specs: Sequence[ArraySpec], plan: SegmentPlan) -> None:
         self.plan = plan
         self.buffers = {spec.key: SegmentBuffer(spec, plan.n_rows) for spec in specs}
-        self._specs = {spec.location: spec for spec in specs}
+        self._specs = {(spec.location, spec.pass_type): spec for spec in specs}
         self._places: list[tuple[int, int]] = []
 
     def input_ids(self, batch: Batch) -> torch.Tensor:
@@ -95,7 +95,11 @@ class SegmentAssembly:
         return torch.from_numpy(ids)
 
     def sink(
-        self, location: ActivationLocationType, layer: int | None, tensor: torch.Tensor
+        self,
+        location: ActivationLocationType,
+        layer: int | None,
+        tensor: torch.Tensor,
+        pass_type: PassType = PassType.FORWARD,
     ) -> None:
         """Store one location and layer of the batch whose ids were asked for last.
 
@@ -103,11 +107,12 @@ class SegmentAssembly:
             location: where the tensor was captured.
             layer: its layer; None outside the blocks.
             tensor: ``(sequence, token, *unit_shape)``.
+            pass_type: whether it holds values or gradients.
 
         Raises:
             IngestStopped: a value is NaN, infinite or too large for the array's dtype.
         """
-        spec = self._specs[location]
+        spec = self._specs[location, pass_type]
         values = stored_array(tensor, spec.dtype)
         if location.is_pair_shaped:
             self._put_pairs(spec, layer, values, tensor)
@@ -151,10 +156,13 @@ class SegmentAssembly:
         value = float(raw.reshape(len(stored), -1)[row, column])
         place = f"layer {layer}, " if layer is not None else ""
         token = self.plan.first_row + first + row
+        is_forward = spec.pass_type is PassType.FORWARD
         raise NumericOverflow(
-            f"{spec.location} has the value {value:g} at {place}token {token}, column {column}, "
-            f"which {spec.dtype} cannot hold. Segment {self.plan.number} was not committed.",
-            spec.location if np.isfinite(value) else None,
+            f"{spec.location if is_forward else f'The gradient at {spec.location}'} has the value "
+            f"{value:g} at {place}token {token}, column {column}, which {spec.dtype} cannot hold. "
+            f"Segment {self.plan.number} was not committed.",
+            # Gradients are float32 already.
+            spec.location if np.isfinite(value) and is_forward else None,
         )
 
 
