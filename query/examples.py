@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.query.bounds import derived_value
-from actstore.query.derived import DerivedScalar, scalar
+from actstore.query.derived import DerivedScalar
 from actstore.query.planner import scaled_array
 from actstore.query.results import Certificate
 from actstore.query.selection import RowSelection
@@ -95,7 +95,7 @@ class Examples:
 
 def examples(
     store: "Store",
-    name: str,
+    name: str | DerivedScalar,
     unit: tuple[int, ...],
     *,
     k: int = 20,
@@ -104,6 +104,7 @@ def examples(
     window: tuple[int, int] = (20, 10),
     where: str | None = None,
     special: bool = False,
+    pass_type: str = "forward",
     seed: int = 0,
 ) -> Examples:
     """Contexts of a unit.
@@ -119,13 +120,14 @@ def examples(
         window: tokens shown before and after, within the sequence.
         where: SQL predicate over the columns of tokens, sequences and documents.
         special: let special rows be examples too.
+        pass_type: ``backward`` for the gradient of the store's objective, where there is one.
         seed: of the random draw.
 
     Raises:
         InvalidInput: an unknown scalar, unit or kind.
         Unavailable: the store cannot derive the scalar.
     """
-    declared = scalar(name)
+    declared = store.scalar(name, pass_type)
     store.require_committed()
     require_distinct(distinct)
     if not all(isinstance(index, int | np.integer) for index in _sequence(unit)):
@@ -147,9 +149,12 @@ def examples(
             f"unit is {tuple(unit)}; {declared.name} has units (layer, *{shape}), counted from 0.",
             kind=ErrorKind.UNKNOWN_UNIT,
         )
-    if not 0 <= layer < store.layer_count(declared):
+    if layer not in store.layers_of(declared):
+        known = f"0 to {store.layer_count(declared) - 1}"
+        if declared.layers is not None:
+            known = str(list(store.layers_of(declared)))
         raise InvalidInput(
-            f"unit names layer {layer}; this store has 0 to {store.layer_count(declared) - 1}.",
+            f"unit names layer {layer}; {declared.name} has {known} in this store.",
             kind=ErrorKind.UNKNOWN_LAYER,
         )
     if min(window) < 0 or k < 1:
@@ -164,7 +169,7 @@ def examples(
     if kind in ("top", "bottom"):
         best = topk(
             store,
-            name,
+            declared,
             k=k,
             where=where,
             distinct=distinct,
@@ -176,7 +181,7 @@ def examples(
         shares = [None] * len(tokens)
         certificate = best.certificate
     elif kind in ("random", "quantile"):
-        first = topk(store, name, k=1, where=where, special=special, **common)
+        first = topk(store, declared, k=1, where=where, special=special, **common)
         value, token = unit_values(store, declared, layer, column, where, special)
         if kind == "random":
             tokens, shares = _random(store, token, k, distinct, seed)
@@ -221,6 +226,7 @@ def unit_values(
     reader = store.reader
     rows = RowSelection(reader, allowed_rows(store, where), special)
     source = scaled_array(store, declared)
+    latents = store.latent_arrays(declared).get(layer)
     values: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)]
     tokens: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     for segment in rows.segments(reader.segments):
@@ -231,6 +237,10 @@ def unit_values(
             chunk, inside = divmod(column, spec.chunk_width)
             raw = source.array.reader.window(segment, layer, 0, length, [chunk])[:, inside]
             value = derived_value(spec.dtype.to_float32(raw), source.coefficients(layer)[column])
+        elif latents is not None and segment in latents.segments:
+            value = np.zeros(length, np.float32)
+            places, found = latents.by_latent(segment, column)
+            value[places] = found
         else:
             plan = reader.segment(segment)
             value = np.concatenate(

@@ -6,10 +6,11 @@ from typing import Any
 
 from actstore.query.rows import RowMap
 from actstore.query.sources import Sources
+from actstore.store.latent_reader import LatentSet, open_latent_sets
 from actstore.store.reader import StoreReader
-from actstore.store.vocabulary import ActivationLocationType, PassType
+from actstore.store.vocabulary import FORWARD_LOCATIONS, ActivationLocationType, PassType
 
-__all__ = ["LocationInfo", "StoreInfo", "list_locations", "summarise"]
+__all__ = ["LatentSetInfo", "LocationInfo", "StoreInfo", "list_locations", "summarise"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,27 @@ class LocationInfo:
 
 
 @dataclass(frozen=True)
+class LatentSetInfo:
+    """A set of latents of autoencoders.
+
+    Attributes:
+        name: the set.
+        location: what its autoencoders read.
+        autoencoders: layer -> name, as it was given.
+        latents: layer -> how many.
+        segments: committed segments.
+        bytes: of the latents and the autoencoders.
+    """
+
+    name: str
+    location: str
+    autoencoders: Mapping[int, str]
+    latents: Mapping[int, int]
+    segments: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class StoreInfo:
     """What a store holds.
 
@@ -58,6 +80,8 @@ class StoreInfo:
         segment_rows: rows of a segment.
         missing: ranges (first, last) of planned segments that are not committed.
         coverage: set -> committed segments.
+        objectives: set -> what its gradients are of; ``locations`` has the first one's.
+        latents: the sets of latents of autoencoders, by name.
         locations: the stored ones, by name.
     """
 
@@ -75,6 +99,8 @@ class StoreInfo:
     segment_rows: int
     missing: tuple[tuple[int, int], ...]
     coverage: Mapping[str, int]
+    objectives: Mapping[str, str]
+    latents: Mapping[str, LatentSetInfo]
     locations: Mapping[str, LocationInfo]
 
     @property
@@ -88,7 +114,7 @@ class StoreInfo:
 
 
 def list_locations(reader: StoreReader, sources: Sources) -> dict[str, LocationInfo]:
-    """Every forward location in the order of the forward pass, then stored gradients."""
+    """The model's forward locations in the order of the forward pass, then stored gradients."""
     retention = {
         label: kept for record in reader.sets.values() for label, kept in record.retention.items()
     }
@@ -98,7 +124,7 @@ def list_locations(reader: StoreReader, sources: Sources) -> dict[str, LocationI
     return {
         entry.name: entry
         for pass_type, locations in (
-            (PassType.FORWARD, list(ActivationLocationType)),
+            (PassType.FORWARD, [one for one in FORWARD_LOCATIONS if sources.exists(one)]),
             (PassType.BACKWARD, gradients),
         )
         for location in locations
@@ -155,11 +181,25 @@ def summarise(reader: StoreReader, rows: RowMap, sources: Sources) -> StoreInfo:
         segment_rows=reader.segment_rows,
         missing=_ranges(n for n in range(reader.planned_segments) if n not in committed),
         coverage={name: len(commits) for name, commits in reader.commits.items()},
+        objectives=dict(reader.objectives),
+        latents={name: _describe_set(found) for name, found in open_latent_sets(reader).items()},
         locations={
             name: entry
             for name, entry in list_locations(reader, sources).items()
             if entry.kind == "stored"
         },
+    )
+
+
+def _describe_set(found: LatentSet) -> LatentSetInfo:
+    layers = found.layers.items()
+    return LatentSetInfo(
+        name=found.name,
+        location=found.location,
+        autoencoders={layer: str(array.spec.settings["name"]) for layer, array in layers},
+        latents={layer: array.n_latents for layer, array in layers},
+        segments=len(found.segments),
+        bytes=found.bytes,
     )
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from actstore.query.bounds import derived_value
 from actstore.query.derived import DerivedScalar
+from actstore.query.derived.post_norms import rescaled_source
+from actstore.query.latent_search import search_latents
 from actstore.query.ranking import Ranking
 from actstore.query.search import (
     Effort,
@@ -26,6 +27,7 @@ from actstore.query.search import (
 )
 from actstore.query.selection import RowSelection, UnitSelection
 from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
+from actstore.store.latent_reader import LatentArray
 from actstore.store.layout import PAGE_ROWS
 from actstore.store.vocabulary import ActivationLocationType
 
@@ -42,7 +44,7 @@ _ROWS_CELLS = 100_000_000
 _SEARCHES = 32
 """Groups that are searched one by one before one scan for all of them is cheaper."""
 
-_PLANS = ("scan", "bounds", "lists+bounds", "rows", "lists")
+_PLANS = ("scan", "bounds", "lists+bounds", "rows", "column", "lists")
 
 
 @dataclass
@@ -81,6 +83,10 @@ def rank(
         InvalidInput: only a scan can answer, and it would look at more than ``max_cells``.
         Unavailable: the store cannot derive the scalar.
     """
+    kept = _kept_latents(store, declared, groups)
+    if kept:
+        search_latents(kept, groups, rows, store.reader.segments, outcome)
+        return
     source = scaled_array(store, declared)
     if source is None:
         windows, outcome.source = _windows(store, declared, rows, _union(groups), max_cells)
@@ -114,13 +120,29 @@ def rank(
             search_bounds(source, units, rows, ranking, outcome.effort)
 
 
+def _kept_latents(
+    store: "Store",
+    declared: DerivedScalar,
+    groups: Sequence[tuple[UnitSelection, Ranking]],
+) -> dict[int, LatentArray]:
+    """The kept latents by layer, if they are all of the values; else nothing."""
+    kept = store.latent_arrays(declared)
+    committed = store.reader.segments
+    whole = all(
+        layer in kept and kept[layer].segments == committed
+        for units, _ in groups
+        for layer in units.layers
+    )
+    return kept if whole else {}
+
+
 def scaled_array(store: "Store", declared: DerivedScalar) -> ScaledArray | None:
     """The scalar as a zone-mapped array times coefficients, if it is one that is stored.
 
     Raises:
         Unavailable: the array's set has fewer committed segments than the store.
     """
-    source = declared.raw_source
+    source = rescaled_source(declared, store.sources.dimensions)
     if source is None or not isinstance(source.of, ActivationLocationType):
         return None
     if (source.of, source.pass_type) not in store.reader.arrays:
@@ -198,7 +220,7 @@ def _windows(
             f"max_cells={max_cells:,}. Restrict layers or `where`, or raise max_cells.",
             kind=ErrorKind.TOO_LARGE,
         )
-    source = declared.raw_source
+    source = rescaled_source(declared, store.sources.dimensions)
     place = source.of if source is not None else None
     if (
         source is not None
@@ -235,18 +257,7 @@ def _windows(
                     continue
                 for layer in units.layers:
                     sequence = plan.first_sequence + index
-                    values = _derived_rows(store, declared, sequence, layer)
+                    values = store.derive_window(declared, sequence, layer)
                     yield layer, plan.first_row + start + inside, values[inside]
 
     return derived(), store.source_of(declared)
-
-
-def _derived_rows(
-    store: "Store", declared: DerivedScalar, sequence: int, layer: int
-) -> npt.NDArray[np.float32]:
-    """A sequence's values ``(row, unit)``; pairs by attended token, then head."""
-    values = store.derive_window(declared, sequence, layer)
-    if declared.is_pair_shaped:
-        pairs = values.reshape(len(values), *store.unit_shape(declared))
-        values = pairs.swapaxes(1, 2).reshape(len(values), -1)
-    return values

@@ -82,6 +82,11 @@ class Ranking:
             self.best = self._rank(Candidates.join([self.best, found]))
 
     @property
+    def is_distinct(self) -> bool:
+        """Whether only the best candidate of a group is kept."""
+        return self._groups is not None
+
+    @property
     def is_full(self) -> bool:
         """Whether k candidates were found, so that worse ones need no look."""
         return self.k > 0 and len(self.best) >= self.k

@@ -1,23 +1,28 @@
 """Filling tensors: from rows and layers to labelled values."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from actstore.query.derived import DerivedScalar
-from actstore.query.derived.evaluation import evaluate
+from actstore.query.derived.config import DstConfig
+from actstore.query.derived.evaluation import PLAIN, evaluate
+from actstore.query.latent_sets import dense_window, describe_kept
 from actstore.query.rows import RowMap, Rows
-from actstore.query.sources import SequenceValues, Sources
+from actstore.query.sources import Sources
 from actstore.query.tensors import LabelledTensor
 from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.latent_reader import LatentArray
 from actstore.store.reader import StoredArray
 from actstore.store.vocabulary import ActivationLocationType, Dimension, PassType
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from actstore.query.sequence_values import SequenceValues
 
 __all__ = ["TensorReader", "choose_layers", "read_rows", "torch_dtype"]
 
@@ -69,16 +74,56 @@ class TensorReader:
         return _label(location.label, location.axes, result, layers, rows, source)
 
     def derived(
-        self, declared: DerivedScalar, layers: Layers, rows: Rows, dtype: str
+        self,
+        declared: DerivedScalar,
+        layers: Layers,
+        rows: Rows,
+        dtype: str,
+        config: DstConfig = PLAIN,
+        kept: Mapping[int, LatentArray] | None = None,
     ) -> LabelledTensor:
-        """A derived scalar, sequence by sequence."""
-        result = self._allocate(declared.name, declared.axes, layers, rows, dtype)
-        self._fill(result, layers, rows, lambda v, layer, at: evaluate(declared, v, layer, at))
+        """A derived scalar, sequence by sequence.
+
+        A flattened one has a row per pair of a row's token and one that it attends to. Latents
+        that are ``kept``, by layer, are read.
+        """
+        latents = 0
+        if Dimension.LATENT in declared.axes:
+            assert declared.latents is not None
+            family = config.family(declared.latents)
+            latents = max(family.n_latents(layer) for layer in layers)
+        pairs = _pairs(rows) if declared.is_flattened else None
+        along = rows if pairs is None else pairs[0]
+        result = self._allocate(declared.name, declared.axes, layers, along, dtype, latents)
+
+        def value_of(values: "SequenceValues", layer: int | None, at: "Tensor") -> "Tensor":
+            array = None if layer is None else (kept or {}).get(layer)
+            if array is None or values.rows.segment not in array.segments:
+                return evaluate(declared, values, layer, at, config=config)
+            import torch
+
+            return torch.from_numpy(dense_window(array, values.rows.first_token, at.numpy()))
+
+        self._fill(result, layers, rows, value_of, pairs is not None)
         source = self.sources.describe_scalar(declared)
-        return _label(declared.name, declared.axes, result, layers, rows, source)
+        committed = self.sources.reader.segments
+        used = [(kept or {}).get(-1 if layer is None else layer) for layer in layers]
+        if kept and all(one is not None and one.segments == committed for one in used):
+            source = describe_kept(kept.values())
+        label = _label(declared.name, declared.axes, result, layers, along, source)
+        if pairs is None:
+            return label
+        dims = tuple("pair" if name == "token" else name for name in label.dims)
+        return replace(label, dims=dims, attended=pairs[1])
 
     def _allocate(
-        self, name: str, axes: tuple[Dimension, ...], layers: Layers, rows: Rows, dtype: str
+        self,
+        name: str,
+        axes: tuple[Dimension, ...],
+        layers: Layers,
+        rows: Rows,
+        dtype: str,
+        latents: int = 0,
     ) -> "Tensor":
         chosen = torch_dtype(dtype)
         import torch
@@ -88,7 +133,7 @@ class TensorReader:
         if is_pair_shaped:
             numbers = np.unique(rows.sequence).tolist()
             longest = max((self.rows.sequence(number).length for number in numbers), default=0)
-        shape = (len(layers), len(rows), *self.sources.unit_shape(axes, longest))
+        shape = (len(layers), len(rows), *self.sources.unit_shape(axes, longest, latents))
         size = int(np.prod(shape, dtype=np.int64)) * chosen.itemsize
         if size > self.max_bytes:
             raise InvalidInput(
@@ -98,7 +143,7 @@ class TensorReader:
                 "`max_result_bytes`.",
                 kind=ErrorKind.TOO_LARGE,
             )
-        return torch.full(shape, torch.nan if is_pair_shaped else 0.0, dtype=chosen)
+        return torch.full(shape, torch.nan if is_pair_shaped or latents else 0.0, dtype=chosen)
 
     def _fill(
         self,
@@ -106,12 +151,19 @@ class TensorReader:
         layers: Layers,
         rows: Rows,
         value_of: "Callable[[SequenceValues, int | None, Tensor], Tensor]",
+        by_pair: bool = False,
     ) -> None:
         import torch
 
+        ends = np.cumsum(rows.position + 1)
         for number, places in rows.by_sequence():
             values = self.sources.sequence(self.rows.sequence(number))
-            target = torch.from_numpy(places)
+            if by_pair:
+                starts = ends[places] - rows.position[places] - 1
+                spans = [np.arange(*span) for span in zip(starts, ends[places], strict=True)]
+                target = torch.from_numpy(np.concatenate(spans))
+            else:
+                target = torch.from_numpy(places)
             position = torch.from_numpy(rows.position[places])
             for index, layer in enumerate(layers):
                 value = value_of(values, layer, position)
@@ -123,6 +175,14 @@ class TensorReader:
                 for axis, length in enumerate(value.shape[1:], 1):
                     cut = cut.narrow(axis, 0, length)
                 cut[target] = value.to(result.dtype)
+
+
+def _pairs(rows: Rows) -> tuple[Rows, npt.NDArray[np.int64]]:
+    """The rows' pairs with every token up to each: the rows, repeated, and the positions."""
+    repeats = rows.position + 1
+    attended = np.arange(int(repeats.sum())) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    parts = (rows.token, rows.sequence, rows.position)
+    return Rows(*(np.repeat(part, repeats) for part in parts)), attended
 
 
 def _label(

@@ -1,7 +1,8 @@
 """Columnar answers with their certificate."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,9 +20,10 @@ class Certificate:
 
     Attributes:
         scalar: the derived scalar's name.
-        plan: ``lists``, ``lists+bounds``, ``bounds`` or ``scan``.
+        plan: ``lists``, ``column``, ``rows``, ``lists+bounds``, ``bounds`` or ``scan``.
         source: where the values came from: ``stored``, ``reconstructed``.
-        pages_read: pages of 512 rows x one unit that were read.
+        pages_read: pages of 512 rows x one unit that were read; of kept latents, latents of
+            one segment.
         pages_pruned: pages that their bounds ruled out.
         cells_scanned: values looked at by a scan.
         bound: the score nothing unread can pass; None for a scan or fewer than k answers.
@@ -51,18 +53,38 @@ class Certificate:
 class TopK:
     """The k best values, in order.
 
+    Token ids and vocabulary are read when the text is looked at: that may take longer than
+    finding the answer did.
+
+    Args:
+        found: the rows without their text.
+        certificate: how the answer was found.
+        texts: gives the text of each row; raises StoreDamaged where a file that it reads is
+            missing or fails its checksum.
+
     Attributes:
-        table: columns ``layer, token, neuron`` (or ``head``, ``channel`` …), ``value``,
-            ``sequence, position, text``.
         certificate: how the answer was found.
     """
 
-    def __init__(self, table: pa.Table, certificate: Certificate) -> None:
-        self.table = table
+    def __init__(
+        self, found: pa.Table, certificate: Certificate, texts: Callable[[], list[str]]
+    ) -> None:
+        self._found = found
         self.certificate = certificate
+        self._texts = texts
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """Columns ``layer, token, neuron`` (or ``head`` …), ``value, sequence, position, text``."""
+        return self._found.append_column("text", pa.array(self._texts(), pa.string()))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The open store stays here; its texts go along.
+        texts = self.table.column("text").to_pylist()
+        return TopK, (self._found, self.certificate, partial(list, texts))
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return int(self._found.num_rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         yield from self.rows()
@@ -75,7 +97,8 @@ class TopK:
 
     def column(self, name: str) -> list[Any]:
         """One column as Python values."""
-        values: list[Any] = self.table.column(name).to_pylist()
+        table = self._found if name in self._found.column_names else self.table
+        values: list[Any] = table.column(name).to_pylist()
         return values
 
     def rows(self) -> list[dict[str, Any]]:

@@ -14,15 +14,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
-from actstore.store.model.pieces import vocabulary_pieces
+from actstore.store.model.pieces import Vocabulary, read_vocabulary
 from actstore.store.plan import SegmentPlan
 from actstore.store.reader import StoreReader
 
 __all__ = ["RowMap", "Rows", "SequenceRows"]
 
 
-_SINGLE_ROWS = 256
-"""Rows whose token ids are read one by one: an answer's, not a tensor's."""
+_FEW_ROWS = 256
+"""Rows whose places and token ids are read by themselves: an answer's, not a tensor's."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ class RowMap:
         self._reader = reader
         self._max_rows = max_rows
         self._committed = set(reader.segments)
-        self._filled: dict[int, npt.NDArray[np.int64]] = {}
 
     @cached_property
     def n_sequences(self) -> int:
@@ -162,6 +161,8 @@ class RowMap:
         self._limit(len(wanted))
         size = self._reader.segment_rows
         self._check(wanted, self._reader.planned_segments * size, "token")
+        if len(wanted) <= _FEW_ROWS and self._are_filled(wanted):
+            return self._few(wanted)
         index = np.searchsorted(self._starts, wanted, side="right") - 1
         position = wanted - self._starts[index]
         unfilled = wanted[position >= self._lengths[index]]
@@ -176,6 +177,25 @@ class RowMap:
             row = int(wanted[missing[0]])
             raise self._uncommitted(f"Row {row}", row // size)
         return Rows(wanted, index.astype(np.int64), position)
+
+    def _are_filled(self, rows: npt.NDArray[np.int64]) -> bool:
+        """Whether committed segments hold all of some rows; their records say so."""
+        base, size = self._reader.commits.get("base", {}), self._reader.segment_rows
+        return all(
+            segment in base and offset < base[segment].rows
+            for segment, offset in (divmod(row, size) for row in rows.tolist())
+        )
+
+    def _few(self, rows: npt.NDArray[np.int64]) -> Rows:
+        """Committed rows, from the plans' blocks about their segments alone."""
+        sequence, position = np.empty((2, len(rows)), np.int64)
+        size = self._reader.segment_rows
+        for plan in self._reader.plans:
+            inside = (rows // size) - plan.first_segment
+            chosen = (inside >= 0) & (inside < plan.n_segments)
+            if chosen.any():
+                sequence[chosen], position[chosen] = plan.places_of(rows[chosen])
+        return Rows(rows, sequence, position)
 
     def all(self) -> Rows:
         """Every committed row, ascending."""
@@ -198,18 +218,15 @@ class RowMap:
 
     def token_ids(self, rows: Rows) -> npt.NDArray[np.int64]:
         """The vocabulary's number of each row's token."""
-        if len(rows) <= _SINGLE_ROWS:
-            return np.array([self._token_id(int(row)) for row in rows.token], np.int64)
-        return self._gather(rows, lambda plan: plan.token_ids).astype(np.int64)
-
-    def _token_id(self, row: int) -> int:
-        """One row's token, without building the plan of its whole segment."""
-        segment, offset = divmod(row, self._reader.segment_rows)
-        plan = self._reader.plan_of(segment)
-        if plan.number not in self._filled:
-            self._filled[plan.number] = np.append(0, np.cumsum(plan.filled_rows()))
-        start = int(self._filled[plan.number][segment - plan.first_segment]) + offset
-        return int(plan.token_ids(start, start + 1)[0])
+        if len(rows) > _FEW_ROWS:
+            return self._gather(rows, lambda plan: plan.token_ids).astype(np.int64)
+        ids = np.empty(len(rows), np.int64)
+        for plan in self._reader.plans:
+            inside = rows.sequence - plan.record.sequence_base
+            chosen = (inside >= 0) & (inside < plan.counts.sequences)
+            if chosen.any():
+                ids[chosen] = plan.tokens_at(rows.sequence[chosen], rows.position[chosen])
+        return ids
 
     def _gather(
         self, rows: Rows, column: Callable[[SegmentPlan], npt.NDArray[Any]]
@@ -225,12 +242,15 @@ class RowMap:
         return result
 
     @cached_property
-    def _texts(self) -> dict[int, str]:
-        return {piece.token_id: piece.text for piece in vocabulary_pieces(self._reader.root)}
+    def _vocabulary(self) -> Vocabulary | None:
+        return read_vocabulary(self._reader.blobs, self._reader.manifest.files)
 
     def texts(self, token_ids: Iterable[int]) -> list[str | None]:
         """The decoded piece of each token id; None for one that the tokenizer does not have."""
-        return [self._texts.get(int(token_id)) for token_id in token_ids]
+        vocabulary = self._vocabulary
+        if vocabulary is None:
+            return [None for _ in token_ids]
+        return [vocabulary.text(int(token_id)) for token_id in token_ids]
 
     @cached_property
     def _document_tables(self) -> list[pa.Table]:

@@ -4,7 +4,7 @@ Opening reads records and plans alone. Torch is imported when a tensor is asked 
 metadata, top-k over stored arrays and SQL cost no more than they need.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
@@ -14,27 +14,40 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from actstore.query.batches import BatchReader
-from actstore.query.derived import parse_scalar
+from actstore.query.derived import DerivedScalar, parse_scalar
+from actstore.query.derived.backward import in_pass
+from actstore.query.derived.config import DstConfig
+from actstore.query.derived.evaluation import PLAIN, layers_of
+from actstore.query.derived.registry import require_free_name
 from actstore.query.inventory import LocationInfo, StoreInfo, list_locations, summarise
+from actstore.query.latent_sets import Latents, read_latents
 from actstore.query.opening import OpenStore
 from actstore.query.reading import TensorReader, choose_layers, torch_dtype
 from actstore.query.rows import Rows
-from actstore.query.tensors import DerivedScalarStore, LabelledTensor
+from actstore.query.tensors import LabelledTensor, LabelledTensors
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.vocabulary import PassType, parse_location
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from duckdb import DuckDBPyRelation
     from torch import Tensor
 
+    from actstore.query.cache import ActivationCache, LogitAttribution
     from actstore.query.examples import Examples
     from actstore.query.results import TopK
     from actstore.query.sql import Parameters
+    from actstore.store.model.autoencoder_families import Autoencoders
+    from actstore.store.model.autoencoders import Autoencoder
+    from actstore.store.nodes import NodeIndex
     from actstore.store.verification import VerifyReport
 
 __all__ = ["Store"]
 
 Numbers = int | Iterable[int] | None
+ScalarName = str | DerivedScalar
+"""A scalar by its name, or its declaration."""
 
 
 class Store(OpenStore):
@@ -42,6 +55,7 @@ class Store(OpenStore):
 
     Args:
         path: the store's directory.
+        objective: whose gradients are read, of several; the base set's by default.
         max_result_bytes: greatest tensor that one call may return.
 
     Raises:
@@ -214,78 +228,322 @@ class Store(OpenStore):
     @overload
     def derive(
         self,
-        names: str,
+        names: ScalarName,
         *,
         sequences: Numbers = None,
         tokens: Numbers = None,
         layers: Numbers = None,
         dtype: str = "float32",
+        config: DstConfig = PLAIN,
+        pass_type: str = "forward",
     ) -> LabelledTensor: ...
 
     @overload
     def derive(
         self,
-        names: list[str] | tuple[str, ...],
+        names: list[ScalarName] | list[str] | tuple[ScalarName, ...],
         *,
         sequences: Numbers = None,
         tokens: Numbers = None,
         layers: Numbers = None,
         dtype: str = "float32",
-    ) -> DerivedScalarStore: ...
+        config: DstConfig = PLAIN,
+        pass_type: str = "forward",
+    ) -> LabelledTensors: ...
 
     def derive(
         self,
-        names: str | list[str] | tuple[str, ...],
+        names: ScalarName | list[ScalarName] | list[str] | tuple[ScalarName, ...],
         *,
         sequences: Numbers = None,
         tokens: Numbers = None,
         layers: Numbers = None,
         dtype: str = "float32",
-    ) -> LabelledTensor | DerivedScalarStore:
+        config: DstConfig = PLAIN,
+        pass_type: str = "forward",
+    ) -> LabelledTensor | LabelledTensors:
         """Derived scalars of whole sequences or of rows.
 
         Values are computed in float64 for one sequence and layer at a time and rounded once
         to float32, so they do not depend on what else was asked for.
 
         Args:
-            names: a derived scalar, or several; a location's name is its raw scalar.
+            names: a derived scalar, or several; a location's name is its raw scalar. Scalars are
+                given by name or as declarations.
             sequences: whole sequences, in this order.
             tokens: global rows, in this order; instead of ``sequences``.
             layers: all by default; ignored by a scalar outside the blocks among several.
             dtype: ``float64`` for the unrounded values; narrower ones round the float32.
+            config: what some scalars are about: a node, a trace, autoencoders. Its
+                ``layer_indices`` restrict the layers as ``layers`` does.
+            pass_type: ``backward`` for the gradient of the store's objective with respect to
+                the scalar, where it has one.
 
         Returns:
             A labelled tensor ``(layer, token, *unit axes)``, as :meth:`raw`; for several
-            names a mapping of them.
+            names a mapping of them. A flattened scalar has ``pair`` in place of ``token``.
 
         Raises:
             InvalidInput: an unknown scalar, layer or row, or a result above the limit.
             Unavailable: a row is not committed, or a source cannot be had.
         """
         rows = self._rows(sequences, tokens)
-        if isinstance(names, str):
-            return self._derive(names, rows, layers, dtype)
+        if isinstance(names, str | DerivedScalar):
+            return self._derive(names, rows, layers, dtype, config, pass_type)
         found: dict[str, LabelledTensor] = {}
         for name in names:
-            outside = not parse_scalar(name)[0].has_layers
-            tensor = self._derive(name, rows, None if outside else layers, dtype)
+            outside = not parse_scalar(name, self._own_scalars)[0].has_layers
+            of_all = None if outside else layers
+            tensor = self._derive(name, rows, of_all, dtype, config, pass_type)
             found[tensor.name] = tensor
-        return DerivedScalarStore(found)
+        return LabelledTensors(found)
 
-    def _derive(self, name: str, rows: Rows, layers: Numbers, dtype: str) -> LabelledTensor:
-        declared, named_layer = parse_scalar(name)
-        chosen = self._layers(declared.name, declared.has_layers, named_layer, layers)
-        return self._tensors.derived(declared, chosen, rows, dtype)
+    def _derive(
+        self,
+        name: ScalarName,
+        rows: Rows,
+        layers: Numbers,
+        dtype: str,
+        config: DstConfig,
+        pass_type: str,
+    ) -> LabelledTensor:
+        declared, named_layer = parse_scalar(name, self._own_scalars)
+        declared = in_pass(declared, pass_type)
+        config = self.kept_latents.config_for(declared, config)
+        chosen: Sequence[int | None] = layers_of(declared, self.n_layers, config)
+        if layers is not None or named_layer is not None:
+            asked = self._layers(declared.name, declared.has_layers, named_layer, layers)
+            outside = [layer for layer in asked if layer not in chosen]
+            if outside:
+                raise InvalidInput(
+                    f"{declared.name} is at layers {list(chosen)} for this config, not at "
+                    f"{outside}. Ask for those, or change the config.",
+                    kind=ErrorKind.UNKNOWN_LAYER,
+                )
+            chosen = asked
+        # Kept values are rounded to float32; whoever wants more gets them computed.
+        kept = {} if dtype == "float64" else self.kept_latents.arrays_of(declared, config)
+        return self._tensors.derived(declared, chosen, rows, dtype, config, kept)
+
+    def project(
+        self,
+        scalar: ScalarName,
+        vector: Any,
+        *,
+        name: str | None = None,
+        layers: Numbers = None,
+        pass_type: str = "forward",
+        replace: bool = False,
+    ) -> DerivedScalar:
+        """A scalar of this store's own: a location or scalar, projected on a vector.
+
+        It is ``sum_d x[t, d] * vector[d]`` over the last axis: of ``resid_post_mlp`` one value
+        per token and layer, of ``mlp_write`` one per neuron. ``derive``, ``topk`` and
+        ``examples`` of this store take it as it is returned, and by its name.
+
+        Args:
+            scalar: a location or scalar that ends with channels, neurons or the vocabulary.
+            vector: finite numbers ``(width of that axis,)``: a list, an array or a tensor.
+            name: its name; by default the source's with a digest of the vector.
+            layers: the layers at which it exists; all by default.
+            pass_type: ``backward`` projects the gradient.
+            replace: take the place of another projection of that name.
+
+        Raises:
+            InvalidInput: an unknown scalar or layer, a vector that does not fit, or a name that
+                is taken.
+        """
+        from actstore.query.derived.projection import projection
+
+        source, named_layer = parse_scalar(scalar, self._own_scalars)
+        if named_layer is not None:
+            choose_layers(source.name, source.has_layers, self.n_layers, named_layer, layers)
+            layers = named_layer
+        declared = projection(
+            source,
+            vector,
+            self.sources.dimensions,
+            name=name,
+            layers=layers,
+            pass_type=pass_type,
+        )
+        label = declared.name
+        require_free_name(label)
+        if label in self._own_scalars and name is not None and not replace:
+            raise _invalid(
+                f"{label!r} is a projection of this store already. Choose another name, or pass "
+                "replace=True."
+            )
+        self._own_scalars[label] = declared
+        return declared
+
+    # Latents of autoencoders
+
+    def add_saes(
+        self,
+        autoencoders: "Iterable[Autoencoder | str | PathLike[str]]",
+        *,
+        name: str | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> "Store":
+        """Compute the latents of every committed row and keep them; see ``add_autoencoders``.
+
+        Args:
+            autoencoders: at most one per location and layer; a path is loaded.
+            name: of the set; by default ``sae-`` and digits that follow from the autoencoders.
+            progress: called with ``encode``, tokens done and tokens in all.
+
+        Returns:
+            The store, opened again: this one goes on seeing what it saw.
+
+        Raises:
+            InvalidInput: an autoencoder does not fit the model, or two are of one place.
+            StoreConflict: the name is that of a set of something else.
+            Unavailable: what an autoencoder reads cannot be had from the store.
+            IngestStopped: a latent is not finite, or the disk is full, read-only or failing.
+        """
+        from actstore.query.latent_ingest import add_autoencoders
+
+        add_autoencoders(self.path, autoencoders, name=name, progress=progress)
+        return type(self)(self.path, max_result_bytes=self.max_result_bytes)
+
+    def autoencoders(self, of: str | None = None) -> "Autoencoders":
+        """The autoencoders of a set of latents, as the store keeps them.
+
+        Args:
+            of: the set's name, or what its autoencoders read; the only set by default.
+
+        Raises:
+            Unavailable: there is no such set.
+            InvalidInput: several would do.
+            StoreDamaged: a file of theirs fails its checksum.
+        """
+        from actstore.store.model.autoencoder_families import Autoencoders
+
+        return Autoencoders(self.kept_latents.named(of).autoencoders)
+
+    def latents(
+        self,
+        of: str | None = None,
+        *,
+        layer: int | None = None,
+        sequences: Numbers = None,
+        tokens: Numbers = None,
+        latents: Numbers = None,
+    ) -> Latents:
+        """The kept latents that are not zero, by token; of some latents, by latent.
+
+        Args:
+            of: a set's name, or what its autoencoders read; the only set by default.
+            layer: the layer; the only one by default.
+            sequences: whole sequences, in this order.
+            tokens: global rows, in this order; instead of ``sequences``; all by default.
+            latents: only these; their rows are found without reading others' values.
+
+        Returns:
+            The entries in the order of the rows, then of the latents, with a table and a
+            sparse tensor of them.
+
+        Raises:
+            InvalidInput: an unknown layer, latent or row, or more entries than fit the limit.
+            Unavailable: there is no such set, or it lacks a row's segment.
+            StoreDamaged: a block fails its checksum.
+        """
+        found = self.kept_latents.named(of)
+        known = tuple(found.layers)
+        if layer is None and len(known) == 1:
+            layer = known[0]
+        if layer not in found.layers:
+            raise InvalidInput(
+                f"Set {found.name!r} has no latents of layer {layer}; it has those of layers "
+                f"{', '.join(map(str, known))}.",
+                kind=ErrorKind.UNKNOWN_LAYER,
+            )
+        rows = self._rows(sequences, tokens)
+        return read_latents(found.layers[layer], rows, latents, self.max_result_bytes)
+
+    def postprocess(
+        self,
+        name: str,
+        nodes: "NodeIndex | Sequence[NodeIndex]",
+        *,
+        sequence: int,
+        config: DstConfig = PLAIN,
+    ) -> "Tensor":
+        """What nodes of a sequence write and read; see :mod:`actstore.query.postprocess`.
+
+        Args:
+            name: ``residual_write``, ``token_write``, ``residual_read``, ``token_read`` or
+                ``token_pair_attribution``.
+            nodes: one node or several, of that sequence.
+            sequence: the sequence.
+            config: the autoencoders, for latents.
+
+        Returns:
+            float64 ``(node, channel)``, ``(node, vocabulary)`` or ``(node, attended)``; without
+            the first axis for one node.
+
+        Raises:
+            InvalidInput: an unknown postprocessor, or a node that it is not defined for.
+            Unavailable: the sequence is not committed, or a raw value cannot be had.
+        """
+        from actstore.query.postprocess import postprocess
+
+        self.require_committed()
+        values = self.sources.sequence(self.row_map.sequence(sequence))
+        return postprocess(name, nodes, values, config)
+
+    # The activation cache
+
+    def cache(
+        self, sequences: Numbers = None, *, dtype: str = "float32", compat: str | None = None
+    ) -> "ActivationCache":
+        """Whole sequences as an activation cache; see :class:`actstore.query.cache.ActivationCache`.
+
+        Args:
+            sequences: rows of the batch, in this order; all committed ones by default.
+            dtype: of its results.
+            compat: ``transformer_lens`` to answer as TransformerLens does.
+
+        Raises:
+            InvalidInput: an unknown sequence, or another dtype or ``compat``.
+            Unavailable: a sequence is not committed.
+        """
+        from actstore.query.cache import ActivationCache, StoredBatch, View
+
+        self.require_committed()
+        if sequences is None:
+            numbers: list[int] = self.row_map.committed_sequences.tolist()
+        else:
+            numbers = list(sequences) if isinstance(sequences, Iterable) else [sequences]
+        batch = StoredBatch(self.sources, self.row_map, numbers, self.max_result_bytes)
+        return ActivationCache(View.whole(batch, dtype), compat)
+
+    def direct_logit_attribution(
+        self,
+        target: Any,
+        against: Any = None,
+        *,
+        by: str = "head",
+        position: Any = -1,
+        sequences: Numbers = None,
+    ) -> "LogitAttribution":
+        """What each component adds to a token's logit, as a tidy table.
+
+        See :meth:`actstore.query.cache.ActivationCache.direct_logit_attribution`.
+        """
+        cache = self.cache(sequences)
+        return cache.direct_logit_attribution(target, against, by=by, position=position)
 
     # Rankings, SQL, upkeep
 
-    def topk(self, name: str, **options: Any) -> "TopK":
+    def topk(self, name: ScalarName, **options: Any) -> "TopK":
         """The k best values of a derived scalar, exactly; see :func:`actstore.query.topk.topk`."""
         from actstore.query.topk import topk
 
         return topk(self, name, **options)
 
-    def examples(self, name: str, unit: tuple[int, ...], **options: Any) -> "Examples":
+    def examples(self, name: ScalarName, unit: tuple[int, ...], **options: Any) -> "Examples":
         """Contexts of one unit; see :func:`actstore.query.examples.examples`."""
         from actstore.query.examples import examples
 

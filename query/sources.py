@@ -15,13 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.query.derived.coefficients import unit_coefficients
-from actstore.query.derived.declaration import DerivedScalar
+from actstore.query.derived.declaration import DerivedScalar, Direction
+from actstore.query.derived.post_norms import rescaled_source
 from actstore.query.derived.registry import SCALARS
-from actstore.query.reconstruction import RECIPES, Recipe, Setting, WeightName
+from actstore.query.gradients import GradientGraph, Place
 from actstore.query.rows import SequenceRows
+from actstore.query.sequence_values import SequenceValues
 from actstore.store.errors import ErrorKind, Unavailable
 from actstore.store.model.dimensions import ModelDimensions
 from actstore.store.model.readout import READOUT_KEY
+from actstore.store.model.recipes import RECIPES, Recipe, WeightName
 from actstore.store.model.weights import ModelWeights, open_model
 from actstore.store.reader import StoreReader
 from actstore.store.selfcheck import read_selfchecks
@@ -35,10 +38,7 @@ from actstore.store.vocabulary import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SequenceValues", "Sources"]
-
-Place = tuple[ActivationLocationType, int | None]
-"""A location and its layer."""
+__all__ = ["Sources"]
 
 _WEIGHT_BYTES = 2**30
 
@@ -73,13 +73,13 @@ class Sources:
         """Blocks of the model."""
         return self.dimensions.n_layers
 
-    def unit_shape(self, axes: Sequence[Dimension], attended: int | None = None) -> tuple[int, ...]:
+    def unit_shape(
+        self, axes: Sequence[Dimension], attended: int | None = None, latents: int = 0
+    ) -> tuple[int, ...]:
         """Lengths of unit axes; an attended axis has the store's context, or ``attended``."""
         context = int(self.reader.manifest.config["context"]) if attended is None else attended
-        dimensions = self.dimensions
-        return tuple(
-            context if axis is Dimension.ATTENDED else dimensions.size(axis) for axis in axes
-        )
+        given = {Dimension.ATTENDED: context, Dimension.LATENT: latents}
+        return tuple(given[axis] if axis in given else self.dimensions.size(axis) for axis in axes)
 
     def coefficients(self, declared: DerivedScalar, layer: int | None) -> npt.NDArray[np.float64]:
         """The factor per unit of a scalar that rescales a raw value, float64 ``(unit,)``."""
@@ -138,7 +138,7 @@ class Sources:
         """How every place that can be had is had: None for stored, else its recipe."""
         usable = [
             recipe
-            for recipe in RECIPES.get(self.model.architecture.name, ())
+            for recipe in self.recipes
             if all(self._has_weight(name) for name in recipe.weights)
         ]
         best: dict[Place, tuple[int, Recipe | None]] = {
@@ -167,6 +167,22 @@ class Sources:
                         changed = True
         return {place: recipe for place, (_, recipe) in best.items()}
 
+    @property
+    def recipes(self) -> Sequence[Recipe]:
+        """How the model's locations follow from each other."""
+        return RECIPES.get(self.model.architecture.name, ())
+
+    @cached_property
+    def gradients(self) -> GradientGraph:
+        """Which gradients follow from the stored ones."""
+        stored = {
+            (location, layer)
+            for location, pass_type in self.reader.arrays
+            if pass_type is PassType.BACKWARD
+            for layer in self._layers(location)
+        }
+        return GradientGraph(self.recipes, self.n_layers, stored)
+
     def _layers(self, location: ActivationLocationType) -> Sequence[int | None]:
         return range(self.n_layers) if location.has_layers else (None,)
 
@@ -175,17 +191,31 @@ class Sources:
         places = [source.place(layer, self.n_layers) for source in recipe.inputs]
         return [(of, at) for of, at in places if isinstance(of, ActivationLocationType)]
 
+    def exists(self, location: ActivationLocationType) -> bool:
+        """Whether the model's forward pass has a location."""
+        return location in self.model.architecture.taps
+
     def kind(self, location: ActivationLocationType, pass_type: PassType) -> str:
         """``stored``, ``reconstructed`` or ``needs a model``, over all layers."""
         if (location, pass_type) in self.reader.arrays:
             return "stored"
-        reachable = pass_type is PassType.FORWARD and all(
-            (location, layer) in self.routes for layer in self._layers(location)
-        )
+        known = self.routes if pass_type is PassType.FORWARD else self.gradients.reachable
+        reachable = all((location, layer) in known for layer in self._layers(location))
         return "reconstructed" if reachable else "needs a model"
 
-    def roots(self, location: ActivationLocationType, layer: int | None) -> tuple[str, ...]:
-        """The stored arrays that a place is made from; ``token_id`` where the tokens are."""
+    def roots(
+        self,
+        location: ActivationLocationType,
+        layer: int | None,
+        pass_type: PassType = PassType.FORWARD,
+    ) -> tuple[str, ...]:
+        """The stored arrays that a place is made from; ``token_id`` where the tokens are.
+
+        Of a gradient, the stored gradients; the forward values it passes are not listed.
+        """
+        if pass_type is PassType.BACKWARD:
+            places = self.gradients.roots((location, layer))
+            return tuple(sorted({f"{of}/{pass_type}" for of, _ in places}))
         found: dict[str, None] = {}
         waiting: list[Place] = [(location, layer)]
         seen: set[Place] = set()
@@ -217,13 +247,16 @@ class Sources:
         if self.kind(location, pass_type) == "needs a model":
             return "needs a model"
         layers = self._layers(location)
-        names = dict.fromkeys(name for layer in layers for name in self.roots(location, layer))
+        names = dict.fromkeys(
+            name for layer in layers for name in self.roots(location, layer, pass_type)
+        )
         return f"reconstructed from {', '.join(names)}"
 
     def describe_scalar(self, declared: DerivedScalar) -> str:
         """Where a derived scalar's values come from, for people."""
-        if declared.raw_source is not None:
-            return self.describe(declared.raw_source.location, declared.raw_source.pass_type)
+        source = rescaled_source(declared, self.dimensions)
+        if source is not None:
+            return self.describe(source.location, source.pass_type)
         inputs = dict.fromkeys(self._scalar_inputs(declared))
         notes = [f"{of} ({self.describe(of, pass_type)})" for of, pass_type in inputs]
         return f"derived from {', '.join(notes)}"
@@ -234,32 +267,43 @@ class Sources:
         for source in declared.sources:
             if isinstance(source.of, ActivationLocationType):
                 yield source.of, source.pass_type
-            else:
+            elif source.of == Direction.FINAL_RESIDUAL_GRAD:
+                yield ActivationLocationType.RESID_POST_MLP, PassType.BACKWARD
+            elif source.of in SCALARS:
                 yield from self._scalar_inputs(SCALARS[source.of])
 
     def require(
         self, location: ActivationLocationType, pass_type: PassType, layer: int | None
     ) -> Recipe | None:
-        """The place's recipe, or None where it is stored.
+        """The place's recipe, or None where it is stored or a gradient that follows.
 
         Raises:
             Unavailable: neither; the message says what would be needed.
         """
         if (location, pass_type) in self.reader.arrays:
             return None
-        if pass_type is PassType.FORWARD and (location, layer) in self.routes:
+        if pass_type is PassType.BACKWARD:
+            if (location, layer) in self.gradients.reachable:
+                return None
+        elif (location, layer) in self.routes:
             return self.routes[location, layer]
+        if not location.is_online and not self.exists(location):
+            raise Unavailable(
+                f"{self.model.architecture.why_absent(location)}. Ask for one of "
+                f"{', '.join(str(one) for one in self.model.architecture.taps)}.",
+                kind=ErrorKind.UNKNOWN_LOCATION,
+            )
         stored = ", ".join(sorted(array.spec.key for array in self.reader.arrays.values()))
         recipes = [
             recipe
-            for recipe in RECIPES.get(self.model.architecture.name, ())
+            for recipe in self.recipes
             if recipe.target is location and pass_type is PassType.FORWARD
         ]
         ways = " or ".join(self._needs(recipe) for recipe in recipes)
         raise Unavailable(
             f"{location}/{pass_type} is not stored here and cannot be reconstructed"
             f"{f': it would need {ways}' if ways else ''}. Stored: {stored}. "
-            f"Ingest it with `--locations {location}` into another store.",
+            + _advice(location, pass_type),
             kind=ErrorKind.NOT_STORED,
         )
 
@@ -276,118 +320,12 @@ class Sources:
         return latest
 
 
-class SequenceValues:
-    """Raw values of one committed sequence, in float64.
-
-    Values of the layer at hand are kept, so that several scalars of one layer share
-    their steps; a step to the next layer keeps the residual stream alone.
-
-    Args:
-        sources: the open store.
-        rows: the sequence.
-    """
-
-    def __init__(self, sources: Sources, rows: SequenceRows) -> None:
-        self._sources = sources
-        self.rows = rows
-        self._held: dict[tuple[ActivationLocationType, PassType, int | None], Tensor] = {}
-
-    @property
-    def n_layers(self) -> int:
-        """Blocks of the model."""
-        return self._sources.n_layers
-
-    def weight(self, location: WeightLocationType, layer: int | None) -> "Tensor":
-        """A weight in float64."""
-        return self._sources.weight(location, layer)
-
-    def coefficients(self, declared: DerivedScalar, layer: int | None) -> npt.NDArray[np.float64]:
-        """The factor per unit of a scalar that rescales a raw value."""
-        return self._sources.coefficients(declared, layer)
-
-    def raw(
-        self,
-        location: ActivationLocationType,
-        pass_type: PassType = PassType.FORWARD,
-        layer: int | None = None,
-    ) -> "Tensor":
-        """A location's values, read or reconstructed.
-
-        Returns:
-            float64 ``(token, *unit axes)``, not to be written to; an attended axis has the
-            sequence's length.
-
-        Raises:
-            Unavailable: the location cannot be had.
-        """
-        held = self._held
-        # A stack of our own: a chain through a deep model is longer than Python's.
-        waiting = [(location, pass_type, layer)]
-        while waiting:
-            place = waiting[-1]
-            if place in held:
-                waiting.pop()
-                continue
-            of, of_pass, at = place
-            recipe = self._sources.require(of, of_pass, at)
-            inputs = (
-                []
-                if recipe is None
-                else [
-                    (name, PassType.FORWARD, number)
-                    for name, number in self._sources.inputs_of(recipe, at)
-                ]
-            )
-            missing = [needed for needed in inputs if needed not in held]
-            if missing:
-                waiting += reversed(missing)
-                continue
-            value = (
-                self._read(of, of_pass, at)
-                if recipe is None
-                else self._follow(recipe, [held[needed] for needed in inputs], at)
-            )
-            self._forget(of, at)
-            held[place] = value
-            waiting.pop()
-        return held[location, pass_type, layer]
-
-    def _forget(self, location: ActivationLocationType, layer: int | None) -> None:
-        """Drop what a step at ``layer`` leaves behind: all other layers but its residual."""
-        residual = ActivationLocationType.RESID_POST_MLP
-        for place in list(self._held):
-            of, _, at = place
-            if at is None or layer is None or at == layer:
-                continue
-            # A residual is an input of the layer above, whose values stay.
-            above = location is residual and at == layer + 1
-            if not above and not (of is residual and at == layer - 1):
-                del self._held[place]
-
-    def _follow(self, recipe: Recipe, inputs: "list[Tensor]", layer: int | None) -> "Tensor":
-        weights = [self._sources.weight(name, layer) for name in recipe.weights]
-        setting = Setting(self._sources.model.dimensions, layer, self._token_ids)
-        return recipe.function(inputs, weights, setting)
-
-    @cached_property
-    def _token_ids(self) -> "Tensor":
-        import torch
-
-        plan = self._sources.reader.segment(self.rows.segment)
-        start = self.rows.first_token - plan.first_row
-        ids = plan.token_ids[start : start + self.rows.length]
-        return torch.from_numpy(ids.astype(np.int64))
-
-    def _read(
-        self, location: ActivationLocationType, pass_type: PassType, layer: int | None
-    ) -> "Tensor":
-        import torch
-
-        array = self._sources.reader.array(location, pass_type)
-        start = self.rows.first_token - self.rows.segment * array.spec.segment_rows
-        # A set of its own may cover fewer segments than the base set.
-        array.rows_of(self.rows.segment)
-        stored = array.reader.window(self.rows.segment, layer or 0, start, start + self.rows.length)
-        values = array.spec.dtype.to_float32(stored).astype(np.float64)
-        tensor = torch.from_numpy(values).reshape(len(values), *array.spec.unit_shape)
-        return tensor[..., : self.rows.length] if location.is_pair_shaped else tensor
+def _advice(location: ActivationLocationType, pass_type: PassType) -> str:
+    if location.is_online:
+        return "It exists in a pass with an autoencoder spliced in: ask a prompt."
+    if pass_type is PassType.BACKWARD:
+        return (
+            "Add gradients of an objective with `actstore ingest … --set NAME --objective "
+            f"next_token_log_prob --gradients {location}`."
+        )
+    return f"Ingest it with `--locations {location}` into another store."

@@ -24,7 +24,7 @@ __all__ = ["Sql"]
 Parameters = Sequence[Any] | Mapping[str, Any] | None
 
 _ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-_UNIT_COLUMNS = {"neurons": "neuron", "heads": "head"}
+_UNIT_COLUMNS = {"neurons": "neuron", "heads": "head", "latents": "latent"}
 _ROWS = "tokens JOIN sequences USING (sequence, document) JOIN documents USING (document)"
 
 
@@ -124,12 +124,15 @@ class Sql:
             found = relation.fetchnumpy()["token"]
         return np.sort(np.asarray(found, np.int64))
 
-    def units_where(self, units: str, table: str = "neurons") -> list[tuple[int, int]]:
+    def units_where(
+        self, units: str, table: str = "neurons", sets: Sequence[str] = ()
+    ) -> list[tuple[int, int]]:
         """The units that a predicate allows.
 
         Args:
             units: SQL predicate over the columns of the table, such as ``write_norm > 2``.
-            table: ``neurons`` or ``heads``.
+            table: ``neurons``, ``heads`` or ``latents``.
+            sets: the sets of latents that are meant; all by default.
 
         Returns:
             (layer, unit) pairs, ascending.
@@ -141,7 +144,11 @@ class Sql:
         if table not in _UNIT_COLUMNS:
             raise _invalid(f"table is {table!r}; units are in: {', '.join(_UNIT_COLUMNS)}.")
         column = _UNIT_COLUMNS[table]
-        relation = self._where("units", units, f"SELECT layer, {column} FROM {table}")
+        source = table
+        if sets:
+            names = ", ".join("'" + name.replace("'", "''") + "'" for name in sets)
+            source = f'(SELECT * FROM {table} WHERE "set" IN ({names})) AS {table}'
+        relation = self._where("units", units, f"SELECT layer, {column} FROM {source}")
         with _translated(units):
             return sorted(relation.fetchall())
 

@@ -14,7 +14,7 @@ from actstore.store.errors import ErrorKind, InvalidInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DerivedScalarStore", "LabelledTensor"]
+__all__ = ["LabelledTensor", "LabelledTensors"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,9 @@ class LabelledTensor:
         values: the tensor.
         dims: names of its axes: ``layer`` (where there are layers), ``token``, unit axes.
         layers: layer numbers along ``layer``; None outside the blocks.
-        rows: what stands along ``token``.
+        rows: what stands along ``token``, or the query tokens along ``pair``.
         source: where the values came from.
+        attended: positions of the attended tokens along ``pair``, of a flattened scalar.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LabelledTensor:
     layers: tuple[int, ...] | None
     rows: Rows
     source: str
+    attended: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.dims) == self.values.ndim, f"{self.dims} for {self.values.shape}"
@@ -52,14 +54,18 @@ class LabelledTensor:
 
     @property
     def coordinates(self) -> Mapping[str, npt.NDArray[np.int64]]:
-        """What stands along the axes: ``layer``, and per row ``token, sequence, position``."""
+        """What stands along the axes: ``layer``, and per row ``token, sequence, position``.
+
+        A flattened scalar's rows are pairs; ``attended`` is the other token's position.
+        """
         rows = {
             "token": self.rows.token,
             "sequence": self.rows.sequence,
             "position": self.rows.position,
         }
         layer = {} if self.layers is None else {"layer": np.array(self.layers, np.int64)}
-        return MappingProxyType({**layer, **rows})
+        pairs = {} if self.attended is None else {"attended": self.attended}
+        return MappingProxyType({**layer, **rows, **pairs})
 
     def numpy(self) -> npt.NDArray[Any]:
         """The values as a numpy array, without a copy."""
@@ -97,8 +103,10 @@ class LabelledTensor:
             *(part[places] for part in (self.rows.token, self.rows.sequence, self.rows.position))
         )
         index = self.values.new_tensor(places).long()
+        axis = self.dims.index("token" if self.attended is None else "pair")
+        attended = None if self.attended is None else self.attended[places]
         return replace(
-            self, values=self.values.index_select(self.dims.index("token"), index), rows=rows
+            self, values=self.values.index_select(axis, index), rows=rows, attended=attended
         )
 
     def __len__(self) -> int:
@@ -110,7 +118,7 @@ class LabelledTensor:
         return f"{self.name}({axes}) {dtype}, {self.source}"
 
 
-class DerivedScalarStore(Mapping[str, LabelledTensor]):
+class LabelledTensors(Mapping[str, LabelledTensor]):
     """Several derived scalars of the same rows, by name."""
 
     def __init__(self, tensors: Mapping[str, LabelledTensor]) -> None:

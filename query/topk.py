@@ -8,16 +8,18 @@ over zone maps, then a scan under a budget of cells. All three keep their answer
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actstore.query.derived import UNIT_ARGUMENTS, DerivedScalar, scalar
+from actstore.query.derived import UNIT_ARGUMENTS, DerivedScalar
 from actstore.query.planner import SCAN_CELLS, Outcome, rank
 from actstore.query.ranking import Candidates, Grouping, Ranking
 from actstore.query.results import Certificate, TopK
+from actstore.query.rows import Rows
 from actstore.query.selection import RowSelection, UnitSelection
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.vocabulary import Dimension
@@ -30,6 +32,7 @@ __all__ = ["Query", "allowed_rows", "require_distinct", "topk"]
 _UNIT_TABLES: dict[tuple[Dimension, ...], str] = {
     (Dimension.NEURON,): "neurons",
     (Dimension.HEAD,): "heads",
+    (Dimension.LATENT,): "latents",
 }
 
 Indices = int | Sequence[int] | None
@@ -68,7 +71,7 @@ class Query:
 
 def topk(
     store: "Store",
-    name: str,
+    name: str | DerivedScalar,
     *,
     k: int = 20,
     layers: Indices = None,
@@ -84,13 +87,15 @@ def topk(
     largest: bool = True,
     by: By = "value",
     special: bool = False,
+    pass_type: str = "forward",
     max_cells: int = SCAN_CELLS,
 ) -> TopK:
     """Rank every value of a derived scalar and return the k best.
 
     Args:
         store: the open store.
-        name: a derived scalar, such as ``mlp_write_norm``, or a location's name.
+        name: a derived scalar, such as ``mlp_write_norm``, or a location's name; or a
+            declaration, such as a projection's.
         k: number of answers; with ``per``, of each group.
         layers: layers that may answer; all by default.
         neurons: neurons that may answer; all by default.
@@ -99,13 +104,15 @@ def topk(
         channels: residual or head channels that may answer.
         attended: positions of attended tokens that may answer, for scalars of pairs.
         where: SQL predicate over the columns of tokens, sequences and documents.
-        units: SQL predicate over the columns of ``neurons`` (or ``heads``), or
+        units: SQL predicate over the columns of ``neurons`` (``heads``, ``latents``), or
             (layer, unit) pairs.
         per: ``layer``, or the unit's own dimension (``neuron`` …), for k answers of each.
         distinct: ``sequence`` or ``document`` for at most one answer from each.
         largest: greatest values; False for the least.
         by: rank by ``value`` or by ``magnitude`` (absolute value; the value is returned).
         special: let special rows (position 0, special tokens) answer too.
+        pass_type: ``backward`` ranks the gradient of the store's objective with respect to
+            the scalar, where it has one.
         max_cells: refuse a scan of more values than this.
 
     Returns:
@@ -123,7 +130,8 @@ def topk(
         # The least magnitudes are not at the ends of the lists.
         raise _invalid("by='magnitude' ranks the greatest magnitudes; drop largest=False.")
     require_distinct(distinct)
-    declared = scalar(name)
+    declared = store.scalar(name, pass_type)
+    _require_rankable(declared)
     store.require_committed()
     chosen = _select_units(
         store,
@@ -158,17 +166,20 @@ def topk(
         if (len(found) == 1 and len(found[0]) >= k)
         else None
     )
-    return TopK(
-        _table(store, declared, Candidates.join(found)), _certificate(query, outcome, bound)
-    )
+    answer = Candidates.join(found)
+    places = store.row_map.of_tokens(answer.token)
+    table = _table(store, declared, answer, places)
+    return TopK(table, _certificate(query, outcome, bound), partial(store.row_texts, places))
 
 
-def _ranked_axes(
-    store: "Store", declared: DerivedScalar
-) -> tuple[tuple[Dimension, ...], tuple[int, ...]]:
-    """The unit axes in the order that breaks ties: of a pair, attended token, then head."""
-    axes, shape = declared.axes, store.unit_shape(declared)
-    return (axes[::-1], shape[::-1]) if declared.is_pair_shaped else (axes, shape)
+def _require_rankable(declared: DerivedScalar) -> None:
+    """Refuse a scalar that is about one node of one sequence: a corpus has no such node."""
+    if declared.about is not None:
+        raise _invalid(
+            f"{declared.name} is about one node of one sequence, so it has no ranking over a "
+            f"corpus. Derive it with `derive(…, config=DstConfig({declared.about}=…))`, from a "
+            "store or from a `Prompt`."
+        )
 
 
 def _select_units(
@@ -179,8 +190,8 @@ def _select_units(
     units: "str | Sequence[tuple[int, int]] | None",
 ) -> UnitSelection:
     count = store.layer_count(declared)
-    numbers = _indices(layers, count, "layers", ErrorKind.UNKNOWN_LAYER)
-    axes, sizes = _ranked_axes(store, declared)
+    numbers = _layers(store, declared, layers)
+    axes, sizes = declared.ranked_axes, store.unit_shape(declared)
     names = [UNIT_ARGUMENTS.get(axis) for axis in axes]
     for name, value in arguments.items():
         if value is not None and name not in names:
@@ -206,17 +217,32 @@ def _select_units(
     return UnitSelection(tuple(numbers), int(np.prod(sizes)), chosen, by_layer)
 
 
+def _layers(store: "Store", declared: DerivedScalar, layers: Indices) -> Sequence[int]:
+    known = store.layers_of(declared)
+    if layers is None:
+        return known
+    wanted = _indices(layers, store.layer_count(declared), "layers", ErrorKind.UNKNOWN_LAYER)
+    outside = [layer for layer in wanted if layer not in known]
+    if outside:
+        raise InvalidInput(
+            f"layers names {outside}; {declared.name} exists at {list(known)} alone.",
+            kind=ErrorKind.UNKNOWN_LAYER,
+        )
+    return wanted
+
+
 def _unit_pairs(
     store: "Store", declared: DerivedScalar, units: "str | Sequence[tuple[int, int]]"
 ) -> list[tuple[int, int]]:
     """(layer, unit) pairs, as given or as SQL over the table of such units finds them."""
-    if declared.axes not in _UNIT_TABLES:
+    if declared.ranked_axes not in _UNIT_TABLES:
         raise _invalid(
-            f"`units` chooses neurons or heads; {declared.name} is over "
-            f"{', '.join(declared.axes)}. Use its own arguments."
+            f"`units` chooses neurons, heads or latents; {declared.name} is over "
+            f"{', '.join(declared.ranked_axes)}. Use its own arguments."
         )
     if isinstance(units, str):
-        return store.units_where(units, _UNIT_TABLES[declared.axes])
+        sets = store.latent_set_names(declared)
+        return store.units_where(units, _UNIT_TABLES[declared.ranked_axes], sets)
     pairs = []
     for pair in units:
         try:
@@ -247,9 +273,13 @@ def _groups(query: Query, per: str | None) -> list[UnitSelection]:
         return [units]
     if per == "layer":
         return [units.only_layer(layer) for layer in units.layers]
-    if len(query.scalar.axes) == 1 and per == query.scalar.axes[0].value:
+    if len(query.scalar.ranked_axes) == 1 and per == query.scalar.ranked_axes[0].value:
         return [units.only(layer, int(unit)) for layer in units.layers for unit in units.of(layer)]
-    axes = [axis.value for axis in query.scalar.axes] if len(query.scalar.axes) == 1 else []
+    axes = (
+        [axis.value for axis in query.scalar.ranked_axes]
+        if len(query.scalar.ranked_axes) == 1
+        else []
+    )
     raise _invalid(f"per is {per!r}; {query.scalar.name} allows: {', '.join(['layer', *axes])}.")
 
 
@@ -272,25 +302,21 @@ def _by_magnitude(query: Query, ends: list[Candidates]) -> Candidates:
     return Candidates(np.array(signed, np.float32), best.layer, best.token, best.unit)
 
 
-def _table(store: "Store", declared: DerivedScalar, answer: Candidates) -> pa.Table:
-    """The answer's rows with the names of their units and their text."""
+def _table(store: "Store", declared: DerivedScalar, answer: Candidates, rows: Rows) -> pa.Table:
+    """The answer's rows with the names of their units and their places."""
     columns: dict[str, Any] = {}
     if declared.has_layers:
         columns["layer"] = pa.array(answer.layer, pa.int32())
     columns["token"] = pa.array(answer.token, pa.int64())
-    axes, shape = _ranked_axes(store, declared)
-    context = store.row_context(answer.token)
+    axes, shape = declared.ranked_axes, store.unit_shape(declared)
     for axis, values in zip(axes, np.unravel_index(answer.unit, shape), strict=True):
         if axis is Dimension.ATTENDED:
-            columns["attended_token"] = pa.array(
-                answer.token - context["position"] + values, pa.int64()
-            )
+            columns["attended_token"] = pa.array(answer.token - rows.position + values, pa.int64())
         elif axis is not Dimension.SINGLETON:
             columns[axis.value] = pa.array(values, pa.int32())
     columns["value"] = pa.array(answer.value, pa.float32())
-    columns["sequence"] = pa.array(context["sequence"], pa.int64())
-    columns["position"] = pa.array(context["position"], pa.int32())
-    columns["text"] = pa.array(context["text"], pa.string())
+    columns["sequence"] = pa.array(rows.sequence, pa.int64())
+    columns["position"] = pa.array(rows.position, pa.int32())
     return pa.table(columns)
 
 

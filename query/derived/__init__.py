@@ -10,9 +10,20 @@ from actstore.query.derived.declaration import (
     ScaledBy,
     Source,
 )
-from actstore.query.derived.registry import SCALARS, parse_scalar, scalar
+from actstore.query.derived.loading import load_scalars
+from actstore.query.derived.naming import derived_scalar
+from actstore.query.derived.registry import (
+    FAMILIES,
+    SCALARS,
+    parse_scalar,
+    register_scalar,
+    scalar,
+    temporary_scalars,
+    unregister_scalar,
+)
 
 __all__ = [
+    "FAMILIES",
     "SCALARS",
     "UNIT_ARGUMENTS",
     "Coefficient",
@@ -22,6 +33,11 @@ __all__ = [
     "Product",
     "ScaledBy",
     "Source",
+    "derived_scalar",
+    "load_scalars",
     "parse_scalar",
+    "register_scalar",
     "scalar",
+    "temporary_scalars",
+    "unregister_scalar",
 ]

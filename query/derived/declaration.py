@@ -11,28 +11,38 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from actstore.query.derived.config import ABOUT, DstConfig
 from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.model.dimensions import ModelDimensions
+from actstore.store.model.recipes import WeightName
+from actstore.store.model.sources import LayerRule, Source
 from actstore.store.vocabulary import (
     ActivationLocationType,
     Dimension,
     NodeType,
     PassType,
-    WeightLocationType,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from actstore.query.derived.post_norms import PostNorm
+    from actstore.store.model.autoencoders import Autoencoder
 
 __all__ = [
     "UNIT_ARGUMENTS",
     "Coefficient",
     "Dependence",
     "DerivedScalar",
+    "Direction",
     "Formula",
+    "Frame",
     "General",
+    "Gradient",
     "Identity",
+    "LatentWrites",
     "LayerRule",
     "Product",
     "ScaledBy",
@@ -40,73 +50,11 @@ __all__ = [
 ]
 
 
-class LayerRule(StrEnum):
-    """Which layer of a source a value at layer ``l`` is made from."""
-
-    SAME = "same"
-    PREVIOUS = "previous"
-    NONE = "none"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input of a derived scalar or of a reconstruction.
-
-    Attributes:
-        of: a location, or the name of another derived scalar.
-        pass_type: its forward values or their gradient.
-        layer: the same layer, the one before, a fixed one (an integer; negative ones count
-            from the last), or none for a source outside the blocks. The residual stream
-            before layer 0 is the embedding's output.
-    """
-
-    of: ActivationLocationType | str
-    pass_type: PassType = PassType.FORWARD
-    layer: LayerRule | int = LayerRule.SAME
-
-    def __post_init__(self) -> None:
-        if self.layer is LayerRule.PREVIOUS and self.of is not _L.RESID_POST_MLP:
-            raise _invalid(str(self.of), "only resid_post_mlp continues before layer 0")
-        if isinstance(self.of, ActivationLocationType) and (
-            self.of.has_layers == (self.layer is LayerRule.NONE)
-        ):
-            raise _invalid(str(self.of), f"layer={self.layer!r} does not fit its layers")
-
-    @property
-    def location(self) -> ActivationLocationType:
-        """The location, for a source that is one."""
-        assert isinstance(self.of, ActivationLocationType), f"{self.of} is a derived scalar"
-        return self.of
-
-    def place(
-        self, layer: int | None, n_layers: int
-    ) -> tuple[ActivationLocationType | str, int | None]:
-        """The source and its layer for a value at ``layer``.
-
-        Args:
-            layer: the value's layer, None for one outside the blocks.
-            n_layers: blocks of the model.
-
-        >>> Source(ActivationLocationType.RESID_POST_MLP, layer=LayerRule.PREVIOUS).place(0, 12)
-        (ActivationLocationType.RESID_POST_EMBEDDING, None)
-        """
-        if isinstance(self.layer, int):
-            return self.of, range(n_layers)[self.layer]
-        if self.layer is LayerRule.NONE:
-            return self.of, None
-        if self.layer is LayerRule.SAME:
-            return self.of, layer
-        assert layer is not None, "a value outside the blocks has no previous layer"
-        return (self.of, layer - 1) if layer else (_L.RESID_POST_EMBEDDING, None)
-
-
-_L = ActivationLocationType
-
-
 UNIT_ARGUMENTS: Mapping[Dimension, str] = MappingProxyType(
     {
         Dimension.NEURON: "neurons",
         Dimension.HEAD: "heads",
+        Dimension.KV_HEAD: "heads",
         Dimension.LATENT: "latents",
         Dimension.CHANNEL: "channels",
         Dimension.HEAD_CHANNEL: "channels",
@@ -114,6 +62,22 @@ UNIT_ARGUMENTS: Mapping[Dimension, str] = MappingProxyType(
     }
 )
 """Unit axis -> the argument by which every query restricts it."""
+
+
+class Direction(StrEnum):
+    """A gradient at one residual stream, on which writes before it are projected.
+
+    As a source it is ``(token, channel)``; a write that does not come strictly before that
+    residual stream gives zeros.
+    """
+
+    FINAL_RESIDUAL_GRAD = "final_residual_grad"
+    """Gradient of the pass that was run, at the last residual stream that it reached: before
+    the final norm, or before the traced node."""
+    FINAL_ACTIVATION_RESIDUAL_GRAD = "final_activation_residual_grad"
+    """Gradient of the traced activation at the residual stream before it, recomputed."""
+    SUBNODE_ATTRIBUTION_GRAD = "subnode_attribution_grad"
+    """Gradient of one node's attribution at the residual stream before it, recomputed."""
 
 
 class Coefficient(StrEnum):
@@ -150,12 +114,92 @@ class General:
 Dependence = Identity | ScaledBy | Product | General
 """How a value hangs on raw ones: all that a search needs to bound it from zone maps."""
 
-Formula = Callable[[Sequence["Tensor"], Sequence["Tensor"]], "Tensor"]
-"""``(sources, weights) -> value``, float64, for one whole sequence and one layer.
+
+@dataclass(frozen=True)
+class LatentWrites:
+    """As a weight: what each latent of an autoencoder writes, ``(latent, channel)``.
+
+    The decoder's rows; through the MLP's output weights where it decodes neurons.
+    """
+
+    node_type: NodeType
+
+
+class Frame(Protocol):
+    """What a formula may ask for besides its sources and weights."""
+
+    @property
+    def name(self) -> str:
+        """The scalar's name, for messages."""
+        ...
+
+    @property
+    def layer(self) -> int | None:
+        """The value's layer."""
+        ...
+
+    @property
+    def config(self) -> DstConfig:
+        """The question."""
+        ...
+
+    @property
+    def dimensions(self) -> ModelDimensions:
+        """The model's sizes."""
+        ...
+
+    def weight(self, name: WeightName | LatentWrites, layer: int | None) -> "Tensor":
+        """A weight in float64."""
+        ...
+
+    def autoencoder(self, node_type: NodeType, layer: int) -> "Autoencoder":
+        """An autoencoder in float64."""
+        ...
+
+    def restored(self, node_type: NodeType, latents: "Tensor") -> "Tensor":
+        """Latents ``(token, latent)`` with their input's normalisation undone."""
+        ...
+
+    def post_norm(self, weight: WeightName) -> "PostNorm | None":
+        """The norm that what a weight maps into the stream passes in this layer."""
+        ...
+
+    def recompute(
+        self,
+        target: ActivationLocationType,
+        layer: int,
+        given: Mapping[ActivationLocationType, "Tensor"],
+        before: "Tensor | None" = None,
+        *,
+        detach_scale: bool = False,
+    ) -> "Tensor":
+        """A location as a differentiable function of what is given; see ``recompute``."""
+        ...
+
+
+_OF_A_LAYER = {LayerRule.SAME, LayerRule.PREVIOUS}
+
+Formula = Callable[[Sequence["Tensor"], Sequence["Tensor"], Frame], "Tensor"]
+"""``(sources, weights, frame) -> value``, float64, for one whole sequence and one layer.
 
 Sources and weights come in the order of the declaration; the first axis of every source
 and of the value is the token.
 """
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How the backward value of a derived scalar is made.
+
+    Attributes:
+        sources: its inputs.
+        formula: the function; the first source where None.
+        definition: the formula in plain text.
+    """
+
+    sources: tuple[Source, ...]
+    formula: Formula | None = None
+    definition: str = "gradient of the objective with respect to the value"
 
 
 @dataclass(frozen=True)
@@ -164,7 +208,9 @@ class DerivedScalar:
 
     Attributes:
         name: lower-case name, as in code, docs, SQL and paths.
-        meaning: one line for people, with the formula.
+        meaning: one line for people.
+        definition: the formula in plain text, such as ``a[t, f] * |W_out[f]|``; the symbols
+            are those of the docs' pages.
         axes: the axes after the token axis.
         node_type: what the last axis indexes.
         has_layers: whether there is one tensor per layer.
@@ -174,22 +220,45 @@ class DerivedScalar:
         formula: the function; None where ``dependence`` already says it.
         row_wise: whether the formula gives a row the same bits without its neighbours. True
             of elementwise products, not of matrix products.
+        whole: the sources that such a formula takes with all their rows, by number.
+        is_flattened: the first axis runs over pairs (token, attended token up to it), row by
+            row, and not over tokens.
+        gradient: how its backward value is made; None where it has none.
+        about: the member of ``DstConfig`` that names the node the scalar is about.
+        only_node_layer: it exists at that node's layer alone.
+        latents: the autoencoders whose latents or errors it speaks of.
+        choose_sources: the inputs for a config, where they depend on it; ``sources`` are then
+            the usual ones.
+        layers: the layers at which it exists, ascending, where it is not at all of them.
+        origin: where a user declared it; None for one of the package's own.
     """
 
     name: str
     meaning: str
+    definition: str
     axes: tuple[Dimension, ...]
     node_type: NodeType
     has_layers: bool
     sources: tuple[Source, ...]
     dependence: Dependence
-    weights: tuple[WeightLocationType, ...] = ()
+    weights: tuple[WeightName | LatentWrites, ...] = ()
     formula: Formula | None = None
     row_wise: bool = False
+    whole: tuple[int, ...] = ()
+    is_flattened: bool = False
+    gradient: Gradient | None = None
+    about: str | None = None
+    only_node_layer: bool = False
+    latents: NodeType | None = None
+    choose_sources: Callable[[DstConfig], tuple[Source, ...]] | None = None
+    layers: tuple[int, ...] | None = None
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         if self.name != self.name.lower() or not self.name.isidentifier():
             raise _invalid(self.name, "a name is a lower-case identifier")
+        if not self.meaning.strip() or not self.definition.strip():
+            raise _invalid(self.name, "it says what it means and how it is defined")
         if not self.axes or not self.sources:
             raise _invalid(self.name, "at least one axis and one source are needed")
         implied = isinstance(self.dependence, Identity | ScaledBy)
@@ -203,13 +272,35 @@ class DerivedScalar:
             or self.sources[0].layer not in (LayerRule.SAME, LayerRule.NONE)
         ):
             raise _invalid(self.name, "a value per raw value has that one source and no weights")
-        if self.has_layers == all(source.layer is LayerRule.NONE for source in self.sources):
+        rules = {source.layer for source in self.sources}
+        if (rules == {LayerRule.NONE}) if self.has_layers else rules & _OF_A_LAYER:
             raise _invalid(self.name, f"has_layers={self.has_layers} does not fit its sources")
+        if self.layers is not None and not self._has_sound_layers(self.layers):
+            raise _invalid(self.name, f"layers is {self.layers}; give ascending layer numbers")
+        if self.about not in (None, *ABOUT) or (self.only_node_layer and self.about is None):
+            raise _invalid(self.name, f"about is {self.about!r}; use one of {', '.join(ABOUT)}")
+
+    def _has_sound_layers(self, layers: tuple[int, ...]) -> bool:
+        if not self.has_layers or not layers:
+            return False
+        return min(layers) >= 0 and list(layers) == sorted(set(layers))
+
+    def sources_for(self, config: DstConfig) -> tuple[Source, ...]:
+        """The inputs for a config."""
+        return self.sources if self.choose_sources is None else self.choose_sources(config)
 
     @property
     def is_pair_shaped(self) -> bool:
         """Whether an axis runs over attended tokens."""
         return Dimension.ATTENDED in self.axes
+
+    @property
+    def ranked_axes(self) -> tuple[Dimension, ...]:
+        """The unit axes of a ranking, in the order that breaks ties.
+
+        The pairs of a flattened scalar rank by their attended token, as they do unflattened.
+        """
+        return (Dimension.ATTENDED, *self.axes) if self.is_flattened else self.axes
 
     @property
     def raw_source(self) -> Source | None:

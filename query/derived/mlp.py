@@ -1,11 +1,14 @@
-"""Scalars of MLP neurons that need no gradient.
+"""Scalars of MLP neurons: a neuron through every view of a node."""
 
-Formulas, with ``a`` the activations and ``W`` the output weights (neuron, channel):
-``mlp_write_norm = a[t, n] * |W[n]|`` (signed), ``mlp_write = a[t, n] * W[n, c]`` and
-``resid_delta_mlp_from_mlp_post_act = a W``, which leaves the output bias out.
-"""
-
-from actstore.query.derived.nodes import NEURON, write, write_norm, write_sum
+from actstore.query.derived.declaration import Direction
+from actstore.query.derived.nodes import (
+    NEURON,
+    act_times_grad,
+    projection,
+    write,
+    write_norm,
+    write_sum,
+)
 
 __all__ = ["SCALARS"]
 
@@ -13,4 +16,11 @@ SCALARS = (
     write_norm(NEURON),
     write(NEURON),
     write_sum(NEURON, "resid_delta_mlp_from_mlp_post_act"),
+    act_times_grad(NEURON),
+    projection(NEURON, Direction.FINAL_RESIDUAL_GRAD, "mlp_write_to_final_residual_grad"),
+    projection(
+        NEURON,
+        Direction.FINAL_ACTIVATION_RESIDUAL_GRAD,
+        "mlp_write_to_final_activation_residual_grad",
+    ),
 )

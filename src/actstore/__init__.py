@@ -34,26 +34,68 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from actstore.ingest.estimate import Estimate
+    from actstore.ingest.objectives import Objective
     from actstore.ingest.preparation import Corpus
-    from actstore.ingest.settings import IngestSettings
+    from actstore.prompt import Prompt
+    from actstore.query.derived.config import DstConfig
+    from actstore.query.derived.declaration import DerivedScalar
+    from actstore.query.derived.loading import load_scalars
+    from actstore.query.derived.naming import derived_scalar
+    from actstore.query.derived.registry import (
+        register_scalar,
+        temporary_scalars,
+        unregister_scalar,
+    )
     from actstore.query.session import Store
+    from actstore.store.model.autoencoder_families import Autoencoders
+    from actstore.store.model.autoencoder_formats import load_autoencoder
+    from actstore.store.model.autoencoders import Autoencoder
+    from actstore.store.nodes import (
+        Ablation,
+        ActivationIndex,
+        AttentionTraceType,
+        AttnSubNodeIndex,
+        NodeIndex,
+        PreOrPostAct,
+        TraceConfig,
+    )
+    from actstore.store.vocabulary import NodeType
 
 __all__ = [
+    "Ablation",
+    "ActivationIndex",
     "ActstoreError",
+    "AttentionTraceType",
+    "AttnSubNodeIndex",
+    "Autoencoder",
+    "Autoencoders",
+    "DerivedScalar",
+    "DstConfig",
     "ErrorKind",
     "Estimate",
     "IngestStopped",
     "InvalidInput",
+    "NodeIndex",
+    "NodeType",
     "NotAStore",
+    "PreOrPostAct",
+    "Prompt",
     "Store",
     "StoreConflict",
     "StoreDamaged",
+    "TraceConfig",
     "Unavailable",
     "WriteFailed",
     "__version__",
+    "derived_scalar",
     "estimate",
     "ingest",
+    "load_autoencoder",
+    "load_scalars",
     "open",
+    "register_scalar",
+    "temporary_scalars",
+    "unregister_scalar",
 ]
 
 __version__ = version("actstore")
@@ -67,9 +109,10 @@ def ingest(
     corpus: Any,
     out: StorePath,
     *,
-    locations: str | Sequence[str] = "neurons",
+    locations: str | Sequence[str] | None = None,
     keep: Mapping[str, str] | None = None,
-    objective: object = None,
+    objective: "Objective | str | None" = None,
+    gradients: str | Sequence[str] | None = None,
     limit_tokens: int | None = None,
     max_bytes: int | None = None,
     columns: Sequence[str] | None = None,
@@ -99,9 +142,16 @@ def ingest(
             records, or of lists of token ids; or a ``datasets.Dataset``.
         out: the store's directory.
         locations: presets (``minimal``, ``neurons``, ``attention``, ``full``) and names of
-            locations, as a list or separated by commas.
+            locations, as a list or separated by commas, or ``none``. None is ``neurons``, and
+            no location in a further set with an objective.
         keep: location -> ``raw`` or ``none``, added to the locations.
-        objective: for gradients; not in this version.
+        objective: what a backward pass differentiates for each sequence: its name, such as
+            ``next_token_log_prob`` or ``logit_diff(answer, distractor)`` with token ids or the
+            corpus' own columns, or one of :mod:`actstore.ingest.objectives`; None for no
+            backward pass.
+        gradients: locations whose gradients are kept, as float32, named like ``locations``;
+            by default the residual stream after the embedding, attention and the MLP, neurons
+            after the activation function, and the weighted values: all others follow from these.
         limit_tokens: plan no sequence that would pass so many tokens.
         max_bytes: refuse to write more.
         columns: the corpus' columns to keep per document; all by default.
@@ -110,15 +160,17 @@ def ingest(
             documents if the tokenizer has one.
         context: tokens of a sequence at most; the model's own limit by default.
         stride: tokens between the starts of sequences; ``context`` by default.
-        dtype: of the stored values: ``auto`` or a dtype, with ``location=dtype`` exceptions.
+        dtype: of the stored values: ``auto`` or a dtype, with ``location=dtype`` exceptions;
+            gradients are float32 whatever it says.
         revision: branch, tag or commit of a hub model.
         device: where to run a model that is loaded here.
         segment_rows: rows of a segment, a multiple of 512.
         batch_tokens: padded tokens of one forward pass.
         shuffle: seed of a permutation of the sequences.
         append: add this corpus to a store that holds another.
-        set_name: a name of its own adds locations to a store that has its base set; with
-            None for the corpus, over everything that the store holds.
+        set_name: a name of its own adds locations, or the gradients of a further objective,
+            to a store that has its base set; with None for the corpus, over everything that
+            the store holds.
         progress: called with phase, tokens done and tokens in all (0 if unknown).
 
     Returns:
@@ -130,10 +182,13 @@ def ingest(
         IngestStopped: too little space, a value too large for its dtype, or a failing disk.
         KeyboardInterrupt: Ctrl-C, once what was at hand is written; the store is sound.
     """
-    settings = _settings(
-        objective,
+    from actstore.ingest.settings import IngestSettings
+
+    settings = IngestSettings(
         locations=_names(locations),
         keep=dict(keep or {}),
+        objective=objective,
+        gradients=_names(gradients),
         context=context,
         stride=stride,
         bos=bos,
@@ -160,8 +215,13 @@ def ingest(
     return open(out)
 
 
-def open(path: StorePath) -> "Store":
+def open(path: StorePath, *, objective: str | None = None) -> "Store":
     """Open a store for reading: what is committed at this moment.
+
+    Args:
+        path: the store's directory.
+        objective: whose gradients are read, where sets of several objectives are stored;
+            the base set's by default.
 
     Raises:
         NotAStore: the path holds no store, or one of a newer format.
@@ -169,7 +229,7 @@ def open(path: StorePath) -> "Store":
     """
     from actstore.query.session import Store
 
-    return Store(_path(path))
+    return Store(_path(path), objective=objective)
 
 
 def estimate(
@@ -177,9 +237,10 @@ def estimate(
     corpus: Any,
     out: StorePath | None = None,
     *,
-    locations: str | Sequence[str] = "neurons",
+    locations: str | Sequence[str] | None = None,
     keep: Mapping[str, str] | None = None,
-    objective: object = None,
+    objective: "Objective | str | None" = None,
+    gradients: str | Sequence[str] | None = None,
     limit_tokens: int | None = None,
     columns: Sequence[str] | None = None,
     text_column: str = "text",
@@ -205,6 +266,7 @@ def estimate(
         locations: as for :func:`ingest`.
         keep: as for :func:`ingest`.
         objective: as for :func:`ingest`.
+        gradients: as for :func:`ingest`.
         limit_tokens: as for :func:`ingest`.
         columns: as for :func:`ingest`.
         text_column: as for :func:`ingest`.
@@ -229,10 +291,13 @@ def estimate(
         InvalidInput: the model, the corpus or a setting cannot be used.
         StoreConflict: the path holds a store of another model, config or corpus.
     """
-    settings = _settings(
-        objective,
+    from actstore.ingest.settings import IngestSettings
+
+    settings = IngestSettings(
         locations=_names(locations),
         keep=dict(keep or {}),
+        objective=objective,
+        gradients=_names(gradients),
         context=context,
         stride=stride,
         bos=bos,
@@ -257,18 +322,6 @@ def estimate(
     ).estimate
 
 
-def _settings(objective: object, **choices: Any) -> "IngestSettings":
-    from actstore.ingest.settings import IngestSettings
-
-    if objective is not None:
-        raise InvalidInput(
-            f"objective is {objective!r}; gradients come with a later version. Leave it out to "
-            "ingest the forward pass.",
-            kind=ErrorKind.INVALID_ARGUMENT,
-        )
-    return IngestSettings(**choices)
-
-
 def _corpus(source: Any, text_column: str, columns: Sequence[str] | None) -> "Corpus":
     from actstore.ingest.preparation import Corpus
 
@@ -276,8 +329,8 @@ def _corpus(source: Any, text_column: str, columns: Sequence[str] | None) -> "Co
     return Corpus(source, text_column, None if names is None else tuple(names))
 
 
-def _names(locations: str | Sequence[str]) -> str | tuple[str, ...]:
-    return locations if isinstance(locations, str) else tuple(locations)
+def _names(locations: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    return locations if locations is None or isinstance(locations, str) else tuple(locations)
 
 
 def _path(path: StorePath) -> "Path":
@@ -304,14 +357,33 @@ _room.__dict__["__signature__"] = signature(_ingest)
 globals()["ingest"] = _room
 
 
+_LAZY = {
+    "Ablation": "actstore.store.nodes",
+    "ActivationIndex": "actstore.store.nodes",
+    "AttentionTraceType": "actstore.store.nodes",
+    "AttnSubNodeIndex": "actstore.store.nodes",
+    "Autoencoder": "actstore.store.model.autoencoders",
+    "Autoencoders": "actstore.store.model.autoencoder_families",
+    "DerivedScalar": "actstore.query.derived.declaration",
+    "DstConfig": "actstore.query.derived.config",
+    "Estimate": "actstore.ingest.estimate",
+    "NodeIndex": "actstore.store.nodes",
+    "NodeType": "actstore.store.vocabulary",
+    "PreOrPostAct": "actstore.store.nodes",
+    "Prompt": "actstore.prompt",
+    "Store": "actstore.query.session",
+    "TraceConfig": "actstore.store.nodes",
+    "derived_scalar": "actstore.query.derived.naming",
+    "load_autoencoder": "actstore.store.model.autoencoder_formats",
+    "load_scalars": "actstore.query.derived.loading",
+    "register_scalar": "actstore.query.derived.registry",
+    "temporary_scalars": "actstore.query.derived.registry",
+    "unregister_scalar": "actstore.query.derived.registry",
+}
+"""Public names -> their modules, imported when asked for: too heavy for every import."""
+
+
 def __getattr__(name: str) -> Any:
-    # Named in annotations and `isinstance`, and too heavy for every import.
-    if name == "Store":
-        from actstore.query.session import Store
-
-        return Store
-    if name == "Estimate":
-        from actstore.ingest.estimate import Estimate
-
-        return Estimate
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from actstore.cli import (
+    adding,
     demonstration,
     deriving,
     ingesting,
@@ -65,10 +66,11 @@ def _root(
 
 
 def _register(command: Callable[..., None], summary: str, *examples: str) -> None:
-    lines = [f"  actstore {command.__name__} {example}".rstrip() for example in examples]
+    name = command.__name__.replace("_", "-")
+    lines = [f"  actstore {name} {example}".rstrip() for example in examples]
     # Click keeps the lines of a paragraph that begins with a backspace.
     epilog = "\b\n" + "\n".join(["Examples:", *lines])
-    app.command(command.__name__, short_help=summary, epilog=epilog)(command)
+    app.command(name, short_help=summary, epilog=epilog)(command)
 
 
 _register(
@@ -92,7 +94,13 @@ _register(
 )
 _register(listing.info, "Say what a store holds.", "runs/gpt2", "runs/gpt2 --json")
 _register(listing.locations, "List what can be kept, or what a store has.", "", "runs/gpt2")
-_register(listing.scalars, "List the derived scalars.", "", "--json")
+_register(
+    listing.scalars,
+    "List the derived scalars, or explain one.",
+    "",
+    "mlp_write_norm",
+    "--scalars my_scalar.py --json",
+)
 _register(
     querying.topk,
     "Rank every value of a scalar, exactly.",
@@ -117,6 +125,13 @@ _register(
     "Ask the tables of a store.",
     "runs/gpt2 'SELECT layer, neuron, kurtosis FROM neurons ORDER BY 3 DESC LIMIT 10'",
     "runs/gpt2 'FROM tokens' --format parquet --out tokens.parquet",
+)
+_register(
+    adding.add_saes,
+    "Keep the latents of autoencoders.",
+    "runs/gpt2 saes/layer3 saes/layer4",
+    "runs/gpt2 params.npz --location resid_post_mlp --layer 20 --name gemma-16k",
+    "runs/gpt2",
 )
 _register(upkeep.verify, "Read every byte against its checksum.", "runs/gpt2")
 _register(upkeep.compact, "Merge what queries need of all segments.", "runs/gpt2")

@@ -7,7 +7,16 @@ import typer
 from rich.text import Text
 
 from actstore.cli.display import print_table, visible
-from actstore.cli.options import AsJson, Layers, Scalar, StorePath
+from actstore.cli.options import (
+    AsJson,
+    Backward,
+    Layers,
+    OfObjective,
+    Scalar,
+    ScalarFiles,
+    StorePath,
+    load_scalar_files,
+)
 from actstore.cli.output import cannot_write, console, print_json, reports_errors
 from actstore.store.errors import ErrorKind, InvalidInput
 
@@ -34,6 +43,9 @@ def derive(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the values to an .npz file."),
     ] = None,
+    backward: Backward = False,
+    objective: OfObjective = None,
+    scalar_files: ScalarFiles = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute a scalar on whole sequences, from what is stored."""
@@ -43,8 +55,14 @@ def derive(
         raise InvalidInput(
             f"--out is {str(out)!r}; its name must end in .npz.", kind=ErrorKind.INVALID_ARGUMENT
         )
-    with Store(store) as opened:
-        tensor = opened.derive(scalar, sequences=sequence, layers=layer or None)
+    load_scalar_files(scalar_files)
+    with Store(store, objective=objective) as opened:
+        tensor = opened.derive(
+            scalar,
+            sequences=sequence,
+            layers=layer or None,
+            pass_type="backward" if backward else "forward",
+        )
         texts = opened.texts(opened.row_map.token_ids(tensor.rows))
     certificate = {
         "scalar": tensor.name,

@@ -5,8 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from actstore.cli.display import byte_text, count_text, fields_table, print_table
-from actstore.cli.options import AsReport, StorePath
+from actstore.cli.display import (
+    byte_text,
+    count_text,
+    fields_table,
+    print_table,
+    visible,
+)
+from actstore.cli.options import AsReport, ScalarFiles, StorePath, load_scalar_files
 from actstore.cli.output import console, print_json, reports_errors
 
 if TYPE_CHECKING:
@@ -39,7 +45,7 @@ def locations(
     as_json: AsReport = False,
 ) -> None:
     """List the places in the forward pass whose tensors can be kept."""
-    from actstore.store.vocabulary import PRESETS, ActivationLocationType
+    from actstore.store.vocabulary import FORWARD_LOCATIONS, PRESETS
 
     if store is not None:
         _store_locations(store, as_json=as_json)
@@ -52,7 +58,7 @@ def locations(
             "transformer_lens": place.lens_name,
             "meaning": place.meaning,
         }
-        for place in ActivationLocationType
+        for place in FORWARD_LOCATIONS
     ]
     if as_json:
         print_json({"rows": rows})
@@ -62,10 +68,23 @@ def locations(
 
 
 @reports_errors
-def scalars(as_json: AsReport = False) -> None:
-    """List the derived scalars that can be computed, ranked and read."""
-    from actstore.query.derived import SCALARS
+def scalars(
+    scalar: Annotated[
+        str | None, typer.Argument(metavar="[SCALAR]", help="Show the page of this one.")
+    ] = None,
+    scalar_files: ScalarFiles = None,
+    as_json: AsReport = False,
+) -> None:
+    """List the derived scalars that can be computed, ranked and read, or explain one."""
+    from actstore.query.derived import SCALARS, parse_scalar
+    from actstore.query.derived.pages import scalar_page
 
+    load_scalar_files(scalar_files)
+    if scalar is not None and not as_json:
+        page = scalar_page(parse_scalar(scalar)[0])
+        # A user's own docstring is shown as any other text that is not ours.
+        print("\n".join(visible(line) for line in page.splitlines()))
+        return
     rows = [
         {
             "scalar": declared.name,
@@ -76,14 +95,18 @@ def scalars(as_json: AsReport = False) -> None:
             ],
             "node": declared.node_type.value,
             "dependence": type(declared.dependence).__name__.lower(),
+            "definition": declared.definition,
+            "origin": declared.origin,
             "meaning": declared.meaning,
         }
-        for declared in SCALARS.values()
+        for declared in (SCALARS.values() if scalar is None else [parse_scalar(scalar)[0]])
     ]
     if as_json:
         print_json({"rows": rows})
         return
     columns = ["scalar", "axes", "meaning"]
+    if any(row["origin"] is not None for row in rows):
+        columns.append("origin")
     print_table(console(), columns, [[_joined(row[name]) for name in columns] for row in rows])
 
 
@@ -94,6 +117,7 @@ def print_info(shown: "Console", found: "StoreInfo") -> None:
     )
     segments = f"{found.segments_committed} of {found.segments_planned} committed, "
     segments += f"{count_text(found.segment_rows)} rows each"
+    gradients = ", ".join(f"{name} (set {of})" for of, name in found.objectives.items())
     shown.print(
         fields_table(
             {
@@ -103,6 +127,7 @@ def print_info(shown: "Console", found: "StoreInfo") -> None:
                 f"planned, in {count_text(found.sequences)} sequences of "
                 f"{count_text(found.documents)} documents",
                 "segments": f"{segments}{f'; missing {missing}' if missing else ''}",
+                **({"gradients of": gradients} if gradients else {}),
             }
         )
     )
@@ -117,6 +142,20 @@ def print_info(shown: "Console", found: "StoreInfo") -> None:
         for entry in found.locations.values()
     ]
     print_table(shown, ["stored", "dtype", "per token", "size", "self-check"], rows)
+    if found.latents:
+        rows = [
+            [
+                one.name,
+                one.location,
+                " ".join(map(str, one.latents)),
+                " ".join(map(count_text, dict.fromkeys(one.latents.values()))),
+                f"{one.segments} of {found.segments_committed}",
+                byte_text(one.bytes),
+            ]
+            for one in found.latents.values()
+        ]
+        names = ["latents", "of", "layers", "per layer", "segments", "size"]
+        print_table(shown, names, rows)
 
 
 def _store_locations(store: Path, *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "Append",
     "AsJson",
     "AsReport",
+    "Backward",
     "BatchTokens",
     "Bos",
     "Columns",
@@ -17,6 +18,7 @@ __all__ = [
     "Device",
     "Distinct",
     "Dtype",
+    "Gradients",
     "Keep",
     "Layers",
     "LimitTokens",
@@ -25,10 +27,13 @@ __all__ = [
     "MaybeOut",
     "MaybeSources",
     "ModelName",
+    "ObjectiveName",
+    "OfObjective",
     "Out",
     "Quiet",
     "Revision",
     "Scalar",
+    "ScalarFiles",
     "SegmentRows",
     "SetName",
     "Shuffle",
@@ -39,6 +44,7 @@ __all__ = [
     "TextColumn",
     "Where",
     "Worker",
+    "load_scalar_files",
 ]
 
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="The store's directory.")]
@@ -48,6 +54,15 @@ Scalar = Annotated[
     str,
     typer.Argument(metavar="SCALAR", help="A derived scalar or a location: `actstore scalars`."),
 ]
+ScalarFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--scalars",
+        metavar="FILE.py",
+        envvar="ACTSTORE_SCALARS",
+        help="Your own Python file that declares scalars, which is run; repeatable.",
+    ),
+]
 Layers = Annotated[
     list[int] | None, typer.Option("--layer", metavar="L", help="Only this layer; repeatable.")
 ]
@@ -55,6 +70,16 @@ Count = Annotated[int, typer.Option("-k", metavar="K", help="Number of answers."
 Where = Annotated[
     str | None,
     typer.Option("--where", metavar="SQL", help="Predicate over tokens, sequences and documents."),
+]
+Backward = Annotated[
+    bool,
+    typer.Option(
+        "--backward", help="The gradient of the store's objective with respect to the scalar."
+    ),
+]
+OfObjective = Annotated[
+    str | None,
+    typer.Option("--objective", metavar="NAME", help="Whose gradients, where several are stored."),
 ]
 Special = Annotated[
     bool, typer.Option("--special", help="Let position 0 and special tokens answer too.")
@@ -86,11 +111,29 @@ MaybeOut = Annotated[
     ),
 ]
 Locations = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--locations",
         metavar="NAMES",
-        help="A preset (minimal, neurons, attention, full) and locations, separated by commas.",
+        help="A preset (minimal, neurons, attention, full) and locations, separated by commas, or "
+        "none; neurons by default, none with --set and --objective.",
+    ),
+]
+ObjectiveName = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        metavar="NAME",
+        help="Keep gradients of this: next_token_log_prob, logit_diff(TARGET, DISTRACTOR), "
+        "logit_minus_mean(TARGET), probabilities(TARGET); targets are token ids or columns.",
+    ),
+]
+Gradients = Annotated[
+    str | None,
+    typer.Option(
+        "--gradients",
+        metavar="NAMES",
+        help="Locations whose gradients are kept; by default those that all others follow from.",
     ),
 ]
 Keep = Annotated[
@@ -154,7 +197,11 @@ BatchTokens = Annotated[
 ]
 SetName = Annotated[
     str,
-    typer.Option("--set", metavar="NAME", help="Add locations to a store, as a set of this name."),
+    typer.Option(
+        "--set",
+        metavar="NAME",
+        help="Add locations or gradients to a store, as a set of this name.",
+    ),
 ]
 Worker = Annotated[
     str,
@@ -162,3 +209,16 @@ Worker = Annotated[
 ]
 AsReport = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables.")]
+
+
+def load_scalar_files(files: list[Path] | None) -> None:
+    """Run the files of ``--scalars``, so that their scalars are known by name.
+
+    Raises:
+        InvalidInput: a file is not there, raises, or declares nothing.
+    """
+    if files:
+        from actstore.query.derived.loading import load_scalars
+
+        for file in files:
+            load_scalars(file)

@@ -31,6 +31,7 @@ _TITLES = {
     "plan": "planning",
     "measure": "measuring",
     "forward": "forward passes",
+    "encode": "encoding",
     "compact": "indexing",
     "verify": "verifying",
 }

@@ -9,13 +9,17 @@ from rich.text import Text
 from actstore.cli.display import count_text, fields_table, print_table, token_strip
 from actstore.cli.options import (
     AsJson,
+    Backward,
     Count,
     Distinct,
     Layers,
+    OfObjective,
     Scalar,
+    ScalarFiles,
     Special,
     StorePath,
     Where,
+    load_scalar_files,
 )
 from actstore.cli.output import console, print_json, reports_errors
 from actstore.cli.words import unit_numbers, window_sizes
@@ -46,20 +50,29 @@ def topk(
         list[int] | None,
         typer.Option("--channel", metavar="C", help="Only this channel; repeatable."),
     ] = None,
+    latent: Annotated[
+        list[int] | None,
+        typer.Option("--latent", metavar="N", help="Only this latent; repeatable."),
+    ] = None,
     k: Count = 20,
     where: Where = None,
     units: Annotated[
         str | None,
-        typer.Option("--units", metavar="SQL", help="Predicate over neurons (or heads)."),
+        typer.Option("--units", metavar="SQL", help="Predicate over neurons (heads, latents)."),
     ] = None,
     per: Annotated[
         str | None,
-        typer.Option("--per", metavar="KIND", help="K answers for each layer, neuron or head."),
+        typer.Option(
+            "--per", metavar="KIND", help="K answers for each layer, neuron, head or latent."
+        ),
     ] = None,
     distinct: Distinct = None,
     least: Annotated[bool, typer.Option("--least", help="The least values.")] = False,
     by: Annotated[str, typer.Option("--by", metavar="KEY", help="value or magnitude.")] = "value",
     special: Special = False,
+    backward: Backward = False,
+    objective: OfObjective = None,
+    scalar_files: ScalarFiles = None,
     as_json: AsJson = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show how the answer was found and what it covers.")
@@ -69,6 +82,7 @@ def topk(
     from actstore.query.derived import parse_scalar
     from actstore.query.session import Store
 
+    load_scalar_files(scalar_files)
     declared, named_layer = parse_scalar(scalar)
     layers = layer or None
     if named_layer is not None:
@@ -78,7 +92,7 @@ def topk(
                 kind=ErrorKind.UNKNOWN_LAYER,
             )
         layers = [named_layer]
-    with Store(store) as opened:
+    with Store(store, objective=objective) as opened:
         found = opened.topk(
             declared.name,
             k=k,
@@ -86,6 +100,7 @@ def topk(
             neurons=neuron or None,
             heads=head or None,
             channels=channel or None,
+            latents=latent or None,
             where=where,
             units=units,
             per=per,
@@ -93,6 +108,7 @@ def topk(
             largest=not least,
             by=by,
             special=special,
+            pass_type="backward" if backward else "forward",
         )
     if as_json:
         print_json(found.to_json())
@@ -119,6 +135,9 @@ def examples(
     where: Where = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of a random draw.")] = 0,
     special: Special = False,
+    backward: Backward = False,
+    objective: OfObjective = None,
+    scalar_files: ScalarFiles = None,
     as_json: AsJson = False,
 ) -> None:
     """Show contexts of one unit, the tokens shaded by its value at each."""
@@ -130,7 +149,8 @@ def examples(
             f"--distinct is {distinct!r}; use sequence, document or none.",
             kind=ErrorKind.INVALID_ARGUMENT,
         )
-    with Store(store) as opened:
+    load_scalar_files(scalar_files)
+    with Store(store, objective=objective) as opened:
         found = opened.examples(
             scalar,
             numbers,
@@ -140,6 +160,7 @@ def examples(
             window=shown,
             where=where,
             special=special,
+            pass_type="backward" if backward else "forward",
             seed=seed,
         )
     if as_json:

@@ -62,6 +62,8 @@ def print_report(report: "IngestReport") -> None:
             "tokens/s from forward pass to commit"
         )
         fields["wrote"] = byte_text(report.bytes_written)
+    if report.objective is not None:
+        fields["objective"] = report.objective
     fields["peak memory"] = byte_text(report.peak_memory)
     shown.print(fields_table(fields))
     if report.errors:
@@ -89,6 +91,7 @@ def plan_table(found: "PlanSummary") -> Table:
     """A plan as names and values."""
     dropped = ", ".join(f"{reason}: {count_text(n)}" for reason, n in found.dropped.items())
     config = found.config
+    objective = {"objective": found.objective} if found.objective is not None else {}
     return fields_table(
         {
             "documents": f"{count_text(found.documents)}"
@@ -101,6 +104,7 @@ def plan_table(found: "PlanSummary") -> Table:
             "segments": f"{count_text(found.segments)} of {count_text(config['segment_rows'])} "
             f"rows; {count_text(found.segments_committed)} committed already",
             "arrays": ", ".join(f"{key} {dtype}" for key, dtype in found.arrays.items()),
+            **objective,
         }
     )
 
