@@ -14,7 +14,8 @@ from actstore.store.plan import SegmentPlan
 from actstore.store.plan_record import PlanConfig
 from actstore.store.planning import build_plan
 from actstore.store.publishing import publish_file, publish_segment
-from actstore.store.shards import SegmentBuffer, shard_parts
+from actstore.store.shard_file import shard_parts
+from actstore.store.shards import SegmentBuffer
 from actstore.store.token_stream import TokenizedDocument
 from actstore.store.vocabulary import ActivationLocationType as Location
 from actstore.store.vocabulary import PassType

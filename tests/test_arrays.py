@@ -13,7 +13,8 @@ from actstore.store.blobs import LocalBlobs
 from actstore.store.errors import InvalidInput, StoreDamaged
 from actstore.store.keys import infinity_key, key_values, ordered_keys
 from actstore.store.layout import ArraySpec, StoredDtype, array_metadata
-from actstore.store.shards import Descriptors, SegmentBuffer, ShardReader, parse_shard, shard_parts
+from actstore.store.shard_file import parse_shard, shard_parts
+from actstore.store.shards import Descriptors, SegmentBuffer, ShardReader
 from actstore.store.statistics import UnitStatistics, merge_moments
 from actstore.store.vocabulary import ActivationLocationType as Location
 from actstore.store.vocabulary import PassType, parse_location, parse_locations
@@ -219,6 +220,57 @@ def test_zones_lists_and_counts_equal_brute_force(data: st.DataObject) -> None:
         if len(apart):
             bounds = key_values(zones["segment"][0, unit, 2:], spec.dtype)
             assert bounds.tolist() == [apart.max(), apart.min()]
+
+
+@pytest.mark.parametrize("dtype", list(StoredDtype))
+@pytest.mark.parametrize(
+    ("location", "shape"), [(Location.MLP_POST_ACT, (40,)), (Location.ATTN_QUERY, (2, 96))]
+)
+def test_zones_over_many_blocks_equal_brute_force(
+    location: Location, shape: tuple[int, ...], dtype: StoredDtype
+) -> None:
+    """Several row chunks, blocks, pages and tied groups, the last ones partly filled."""
+    rng = np.random.default_rng(3)
+    rows, spec = 5000, spec_of(location, 1, shape, dtype, 8192)
+    numbers = rng.standard_normal((rows, spec.columns)).astype(np.float32)
+    numbers[:, 1] = np.round(numbers[:, 1])
+    numbers[:, 2] = np.maximum(numbers[:, 2], 0)
+    numbers[rng.random(rows) < 0.01, 4] = np.nan
+    stored = (
+        (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        if dtype is StoredDtype.BFLOAT16
+        else numbers.astype(dtype.storage)
+    )
+    special = rng.random(rows) < 0.05
+    zones = {
+        name: section[0]
+        for name, section in describe_segment(filled(spec, stored[None], 999), special).items()
+    }
+    values = dtype.to_float32(stored)
+    ordinary = np.flatnonzero(~special)
+    for unit in range(spec.columns):
+        column = values[ordinary, unit]
+        for tail, sign in (("top", -1), ("low", 1)):
+            # NaN sorts behind all numbers, and a stable sort keeps the order of rows.
+            order = np.argsort(sign * column, kind="stable")[:LIST_LENGTH]
+            assert zones[f"{tail}_row"][unit].tolist() == ordinary[order].tolist()
+            found = key_values(zones[f"{tail}_key"][unit], dtype)
+            np.testing.assert_array_equal(found, column[order])
+        for page in range(-(-rows // 512)):
+            inside = column[ordinary // 512 == page]
+            bounds = np.array([zones["page_max"][unit, page], zones["page_min"][unit, page]])
+            expected = [np.nanmax(inside), np.nanmin(inside)]
+            assert key_values(bounds, dtype).tolist() == expected
+        kept = column[~np.isnan(column)].astype(np.float64)
+        counts = [len(kept), int((kept > 0).sum()), len(column) - len(kept)]
+        assert zones["counts"][unit].tolist() == counts
+        centred = kept - kept.mean()
+        powers = [float((centred**power).sum()) for power in (2, 3, 4)]
+        assert zones["moments"][unit, 0] == pytest.approx(kept.mean(), rel=1e-12, abs=1e-15)
+        # The third power's terms cancel: its error is relative to their magnitudes.
+        scale = [powers[0], float((np.abs(centred) ** 3).sum()), powers[2]]
+        assert (np.abs(zones["moments"][unit, 1:] - powers) <= 1e-6 * np.array(scale)).all()
+    assert (zones["page_max"][:, -(-rows // 512) :] < zones["page_min"][:, -(-rows // 512) :]).all()
 
 
 def test_moments_merge_to_those_of_the_whole() -> None:

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from actstore.query.derived import SCALARS
+from actstore.store.vocabulary import OPTIONAL_LOCATIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,6 +36,14 @@ def load_package() -> ModuleType:
 
 benchmarks = load_package()
 harness = import_module("benchmarks.harness")
+
+DERIVED = {
+    name
+    for name, declared in SCALARS.items()
+    if declared.about is None
+    and declared.latents is None
+    and name not in ("logits", *map(str, OPTIONAL_LOCATIONS))
+}
 
 EXPECTED = {
     "write": {"shards, share of the raw rate", "segment, share of the raw rate"},
@@ -63,6 +74,7 @@ EXPECTED = {
         "end to end over bare forward, CPU",
         "segments over bare forward",
     },
+    "derive": {f"{name}: store / model" for name in DERIVED},
 }
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_gpt2 import tiny_gpt2
+from tiny_gpt2 import LOCATIONS, tiny_gpt2
 from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     GPT2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -30,8 +30,8 @@ from actstore.store.vocabulary import PRESETS, ActivationLocationType
 
 GOLDEN = Path(__file__).parent / "data" / "tdb_tiny_a"
 L = ActivationLocationType
-EVERYTHING = tuple(L)
-FUSED = tuple(location for location in L if not location.is_pair_shaped)
+EVERYTHING = LOCATIONS
+FUSED = tuple(location for location in LOCATIONS if not location.is_pair_shaped)
 Run = dict[L, list[torch.Tensor]]
 
 
@@ -100,8 +100,8 @@ def test_every_location_equals_the_golden_run(dtype: str, tolerance: float) -> N
     loaded = load_model(GOLDEN / "hf_model", dtype=dtype)
     for prompt, batch in golden_prompts().items():
         found = captured(loaded, batch)
-        assert set(found) == set(L)
-        for location in L:
+        assert set(found) == set(LOCATIONS)
+        for location in LOCATIONS:
             expected = golden(prompt, location)
             assert len(found[location]) == len(expected) == (3 if location.has_layers else 1)
             for mine, theirs in zip(found[location], expected, strict=True):
@@ -114,7 +114,7 @@ def test_independent_forward_equals_the_golden_run() -> None:
     loaded = load_model(GOLDEN / "hf_model")
     for prompt, batch in golden_prompts().items():
         found = independent_forward(loaded, batch)
-        for location in L:
+        for location in LOCATIONS:
             for mine, theirs in zip(found[location], golden(prompt, location), strict=True):
                 assert row_error(in_upstream_units(location, mine), theirs[None]) <= 1e-6, location
 
@@ -188,7 +188,7 @@ def test_capture_equals_the_independent_forward_pass(function: str) -> None:
     batch = ids(2, 17, seed=1)
     found, expected = captured(loaded, batch), independent_forward(loaded, batch)
     assert found.keys() == expected.keys()
-    for location in L:
+    for location in LOCATIONS:
         for mine, theirs in zip(found[location], expected[location], strict=True):
             assert row_error(mine, theirs) <= 1e-5, location
 
@@ -267,7 +267,7 @@ def test_padded_rows_equal_the_sequences_alone(loaded: LoadedModel) -> None:
         together = capture.run(batch, lengths)
         for row, length in enumerate(lengths):
             alone = capture.run(batch[row : row + 1, :length])
-            for location in L:
+            for location in LOCATIONS:
                 for mine, theirs in zip(together[location], alone[location], strict=True):
                     part = mine[row : row + 1, :length]
                     part = part[..., :length] if location.is_pair_shaped else part
@@ -323,7 +323,7 @@ def test_stream_keeps_no_reference_and_follows_the_computation(loaded: LoadedMod
         capture.stream(ids(2, 11), sink)
     assert not any(reference() is not None for reference in alive)
     assert most <= 6 < len(seen)
-    assert len(set(seen)) == len(seen) == sum(2 if one.has_layers else 1 for one in L)
+    assert len(set(seen)) == len(seen) == sum(2 if one.has_layers else 1 for one in LOCATIONS)
     assert seen[0] == (L.RESID_POST_EMBEDDING, None)
     assert seen[-1] == (L.LOGITS, None)
     for layer in range(2):
@@ -424,6 +424,27 @@ def test_a_model_that_sees_the_future_stops(
     assert stopped.value.kind is ErrorKind.CAPTURE_MISMATCH
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_weights_are_not_finite_stops_and_names_them(
+    loaded: LoadedModel, value: float
+) -> None:
+    with torch.no_grad():
+        loaded.model.get_parameter("transformer.h.1.mlp.c_fc.weight")[0, 0] = value
+    with pytest.raises(IngestStopped, match=r"own logits.*h\.1\.mlp\.c_fc\.weight") as stopped:
+        Capture(loaded, PRESETS["neurons"]).__enter__()
+    assert stopped.value.kind is ErrorKind.NUMERIC_OVERFLOW
+    assert not any(module._forward_hooks for module in loaded.model.modules())
+
+
+def test_a_model_too_large_for_its_dtype_stops(loaded: LoadedModel) -> None:
+    with torch.no_grad():
+        loaded.model.get_parameter("transformer.ln_f.weight").fill_(3e38)
+        loaded.model.get_parameter("transformer.wte.weight").mul_(1e3)
+    with pytest.raises(IngestStopped, match="its weights are finite, so") as stopped:
+        Capture(loaded, PRESETS["neurons"]).__enter__()
+    assert stopped.value.kind is ErrorKind.NUMERIC_OVERFLOW
+
+
 def test_a_last_bit_of_difference_stops(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,12 +537,12 @@ def test_unsupported_features_are_refused(flag: str, value: object) -> None:
 
 
 def test_other_architectures_are_refused_with_the_supported_ones() -> None:
-    config = LlamaConfig(
-        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, bos_token_id=0, eos_token_id=0,
+    config = OPTConfig(
+        vocab_size=20, hidden_size=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2,
+        word_embed_proj_dim=8,
     )  # fmt: skip
-    with pytest.raises(InvalidInput, match=r"'llama' is not among .* gpt2") as refused:
-        load_model((LlamaForCausalLM(config), None))
+    with pytest.raises(InvalidInput, match=r"'opt' is not among .* gpt2") as refused:
+        load_model((OPTForCausalLM(config), None))
     assert refused.value.kind is ErrorKind.UNSUPPORTED_MODEL
 
 

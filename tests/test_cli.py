@@ -287,7 +287,7 @@ def test_info_locations_and_scalars(store: Path) -> None:
     assert "resid_post_mlp" in text
     known = {row["location"]: row for row in answer("locations")["rows"]}
     assert known["mlp_post_act"]["axes"] == ["layer", "token", "neuron"]
-    assert len(known) == 17
+    assert len(known) == 20
     held = {row["name"]: row["kind"] for row in answer("locations", store)["rows"]}
     assert held["mlp_post_act"] == "stored"
     assert held["mlp_pre_act"] == "reconstructed"

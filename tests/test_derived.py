@@ -28,9 +28,15 @@ from actstore.query.derived import (
 )
 from actstore.query.derived.declaration import LayerRule
 from actstore.query.derived.evaluation import evaluate
+from actstore.query.derived.registry import requires_gradient
 from actstore.query.session import Store
 from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.model.dimensions import ModelDimensions
+from actstore.store.model.recipes import RECIPES, WeightName
+from actstore.store.nodes import index_axes
 from actstore.store.vocabulary import (
+    FORWARD_LOCATIONS,
+    OPTIONAL_LOCATIONS,
     PRESETS,
     ActivationLocationType,
     Dimension,
@@ -52,7 +58,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 class FakeValues:
     """Raw values and coefficients that a test chose."""
 
-    n_layers = 3
+    dimensions = ModelDimensions(3, 2, 1, 2, 4, 8, 8, 1e-5, "gelu", 1.0)
+    recipes = RECIPES["gpt2"]
 
     def __init__(
         self, values: npt.NDArray[np.float32], coefficients: npt.NDArray[np.float64] | None = None
@@ -67,7 +74,10 @@ class FakeValues:
         self.asked.append((location, pass_type, layer))
         return self._values
 
-    def weight(self, location: WeightLocationType, layer: int | None) -> torch.Tensor:
+    def has(self, location: ActivationLocationType, layer: int | None) -> bool:
+        return True
+
+    def weight(self, name: WeightName, layer: int | None) -> torch.Tensor:
         raise AssertionError("no weights here")
 
     def coefficients(self, declared: DerivedScalar, layer: int | None) -> npt.NDArray[np.float64]:
@@ -76,18 +86,20 @@ class FakeValues:
 
 
 def test_every_location_is_a_raw_scalar_of_its_own_shape() -> None:
-    for location in L:
+    for location in FORWARD_LOCATIONS:
         declared = SCALARS[location.label]
-        assert declared.axes == location.axes
+        assert declared.axes == index_axes(location)[1:]
         assert declared.node_type is location.node_type
         assert declared.has_layers == location.has_layers
-        assert declared.raw_source is not None
-        assert declared.raw_source.location is location
+        assert [source.of for source in declared.sources] == [location]
+        assert (declared.raw_source is None) == location.is_pair_shaped
 
 
 def test_only_queries_and_keys_are_scaled_among_the_raw_scalars() -> None:
     scaled = {
-        location for location in L if not isinstance(SCALARS[location.label].dependence, Identity)
+        location
+        for location in FORWARD_LOCATIONS
+        if isinstance(SCALARS[location.label].dependence, ScaledBy)
     }
     assert scaled == {L.ATTN_QUERY, L.ATTN_KEY}
 
@@ -127,12 +139,13 @@ def declare(**changes: Any) -> DerivedScalar:
     members: dict[str, Any] = {
         "name": "example",
         "meaning": "an example",
+        "definition": "2 * a[t, f]",
         "axes": (Dimension.NEURON,),
         "node_type": NodeType.MLP_NEURON,
         "has_layers": True,
         "sources": (Source(L.MLP_POST_ACT),),
         "dependence": General(),
-        "formula": lambda sources, weights: sources[0] * 2,
+        "formula": lambda sources, weights, frame: sources[0] * 2,
     }
     return DerivedScalar(**{**members, **changes})
 
@@ -144,6 +157,8 @@ def declare(**changes: Any) -> DerivedScalar:
         {"name": "two words"},
         {"axes": ()},
         {"sources": ()},
+        {"definition": " "},
+        {"layers": (2, 1)},
         {"formula": None},
         {"dependence": Identity()},
         {"dependence": ScaledBy(Coefficient.WRITE_NORM)},
@@ -187,8 +202,8 @@ def test_sources_find_their_layers() -> None:
 
 def test_a_scalar_may_be_made_from_another_scalar() -> None:
     declared = declare(sources=(Source("mlp_write_norm"),))
-    values = FakeValues(np.array([[1, -2]], np.float32), np.array([3.0, 0.5]))
-    assert evaluate(declared, values, 1).tolist() == [[6.0, -2.0]]
+    values = FakeValues(np.array([[1, -2, 0, 4]], np.float32), np.array([3.0, 0.5, 1.0, 1.0]))
+    assert evaluate(declared, values, 1).tolist() == [[6.0, -2.0, 0.0, 8.0]]
     assert values.asked == [(L.MLP_POST_ACT, PassType.FORWARD, 1)]
 
 
@@ -281,14 +296,30 @@ def test_a_layer_writes_its_neurons_sum_and_its_bias(store: Store) -> None:
         np.testing.assert_allclose(without.numpy()[layer] + bias, delta, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", sorted(SCALARS))
+FORWARD = sorted(
+    name
+    for name, declared in SCALARS.items()
+    if not requires_gradient(declared) and declared.about is None and declared.latents is None
+    if name not in {place.label for place in OPTIONAL_LOCATIONS}
+)
+"""Those that a store without gradients and autoencoders has."""
+
+
+@pytest.mark.parametrize("name", FORWARD)
 def test_rows_have_the_values_of_their_sequence(store: Store, name: str) -> None:
     tokens = [39, 2, 20, 2]
     whole = store.derive(name, dtype="float64")
     some = store.derive(name, tokens=tokens, dtype="float64")
-    index = torch.tensor(tokens)
-    expected = whole.values.index_select(whole.dims.index("token"), index).numpy()
-    assert np.array_equal(some.numpy(), expected, equal_nan=True)
+    along = whole.rows.token
+    places = np.concatenate([np.flatnonzero(along == token) for token in tokens])
+    axis = whole.dims.index("pair" if whole.attended is not None else "token")
+    expected = whole.values.index_select(axis, torch.from_numpy(places)).numpy()
+    assert np.array_equal(some.rows.token, along[places])
+    if whole.attended is not None and some.attended is not None:
+        assert np.array_equal(some.attended, whole.attended[places])
+    # A narrower question has fewer attended tokens on its axis.
+    cut = tuple(slice(size) for size in some.shape)
+    assert np.array_equal(some.numpy(), expected[cut], equal_nan=True)
 
 
 def test_the_coefficients_are_those_of_the_readout(store: Store) -> None:

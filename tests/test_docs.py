@@ -5,9 +5,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+from tiny_ingest import fresh_copy
 from typer.main import get_command
 
 from actstore.cli import app
+from actstore.query.derived import SCALARS
+from actstore.query.derived.registry import rollback
 from actstore.query.session import Store
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +58,23 @@ def test_files_named_in_the_architecture_exist() -> None:
     assert not missing
 
 
-def test_the_page_of_scalars_is_up_to_date() -> None:
+def test_the_pages_of_scalars_are_up_to_date() -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "document_scalars.py"))
     message = "run: python scripts/document_scalars.py"
-    assert script["PAGE"].read_text() == script["page"](), message
+    pages = script["pages"]()
+    for path, text in pages.items():
+        assert path.is_file(), f"{path.name} is not there; {message}"
+        assert path.read_text() == text, f"{path.name}; {message}"
+    assert set((ROOT / "docs" / "scalars").iterdir()) == set(pages) - {ROOT / "docs/scalars.md"}
+
+
+def test_the_page_about_scalars_of_your_own_runs(tmp_path: Path) -> None:
+    fresh_copy(tmp_path / "store", locations="full", objective="next_token_log_prob")
+    snippets = SNIPPET.findall((ROOT / "docs" / "your_own_scalars.md").read_text())
+    assert len(snippets) == 3
+    with rollback(), Store(tmp_path / "store") as store:
+        names: dict[str, object] = {"store": store}
+        for snippet in snippets:
+            exec(compile(snippet, "your_own_scalars.md", "exec"), names)  # noqa: S102 - our own page
+        assert "mlp_weighted_attribution" in SCALARS
+    assert "mlp_weighted_attribution" not in SCALARS

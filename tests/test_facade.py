@@ -169,9 +169,9 @@ def test_pairs_are_estimated_from_their_sample(model: tuple[Any, Any], tmp_path:
     assert abs(found.array_bytes - written) < 0.2 * written
 
 
-def test_gradients_come_later(model: tuple[Any, Any], tmp_path: Path) -> None:
+def test_unknown_objective_lists_the_known_ones(model: tuple[Any, Any], tmp_path: Path) -> None:
     for call in (actstore.ingest, actstore.estimate):
-        with pytest.raises(actstore.InvalidInput, match="later version") as caught:
+        with pytest.raises(actstore.InvalidInput, match="next_token_log_prob") as caught:
             call(model, TEXTS, tmp_path / "s", objective="loss")
         assert caught.value.kind is actstore.ErrorKind.INVALID_ARGUMENT
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from pyarrow import parquet
+from tiny_gpt2 import LOCATIONS
 from tiny_ingest import CORPUS, SEGMENT_ROWS, tiny_model, tiny_settings, tiny_tokenizer
 
 import actstore
@@ -132,12 +133,14 @@ def row_scale(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def test_every_location_with_a_token_axis_is_compared(float32: Ingested) -> None:
-    assert stored_locations(float32) == [place for place in L if place is not L.LOGITS]
+    assert stored_locations(float32) == [place for place in LOCATIONS if place is not L.LOGITS]
     assert len(float32.store.reader.segments) > 4
     assert float32.report.missing == 0
 
 
-@pytest.mark.parametrize("location", [place for place in L if place is not L.LOGITS], ids=str)
+@pytest.mark.parametrize(
+    "location", [place for place in LOCATIONS if place is not L.LOGITS], ids=str
+)
 def test_float32_equals_an_independent_forward_pass(
     float32: Ingested, reference: Reference, location: L
 ) -> None:
@@ -153,7 +156,9 @@ def test_float32_equals_an_independent_forward_pass(
     assert worst <= 1e-5, f"{location} differs by {worst:.2g} of a row's largest magnitude."
 
 
-@pytest.mark.parametrize("location", [place for place in L if place is not L.LOGITS], ids=str)
+@pytest.mark.parametrize(
+    "location", [place for place in LOCATIONS if place is not L.LOGITS], ids=str
+)
 def test_float16_is_the_float32_value_rounded_once(
     float16: Ingested, float32: Ingested, reference: Reference, location: L
 ) -> None:

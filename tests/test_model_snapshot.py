@@ -272,7 +272,7 @@ def read_all(root: Path) -> tuple[Any, ...]:
     weights = open_model(root)
     tensors = [
         weights.weight(location, layer).tobytes()
-        for location in W
+        for location in weights.architecture.weights
         for layer in ((0, 1) if location.has_layers else (None,))
     ]
     readout = {name: values.tobytes() for name, values in read_readout(root).items()}

@@ -38,6 +38,33 @@ def test_slices_equal_the_array(tmp_path: Path) -> None:
     assert file.verify() == (tmp_path / "a").stat().st_size
 
 
+@given(
+    places=st.lists(st.integers(0, 20_000 - 1), max_size=60),
+    near=st.lists(st.integers(0, 2000), max_size=60),
+)
+def test_elements_at_any_places_equal_the_array(
+    tmp_path_factory: pytest.TempPathFactory, places: list[int], near: list[int]
+) -> None:
+    before = np.arange(700, dtype=np.uint8)
+    values = np.arange(20_000, dtype=np.int64)[::-1].copy()
+    file = SectionFile(
+        write(tmp_path_factory.mktemp("take") / "a", before=before, values=values), "a"
+    )
+    wanted = np.array([*places, *near], np.int64)
+    np.testing.assert_array_equal(file.take("values", wanted), values[wanted])
+    inside = wanted % 700
+    np.testing.assert_array_equal(file.take("before", inside), before[inside])
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4000])
+def test_files_with_any_length_of_checksums_open(tmp_path: Path, blocks: int) -> None:
+    # The end that is read at once holds all checksums, some of them, or the trailer alone.
+    values = np.arange(blocks * BLOCK, dtype=np.uint8)
+    file = SectionFile(write(tmp_path / "a", values=values), "a")
+    assert file.verify() == (tmp_path / "a").stat().st_size
+    np.testing.assert_array_equal(file.read("values"), values)
+
+
 @given(st.data())
 def test_every_flipped_bit_is_found(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -61,6 +88,10 @@ def test_a_read_checks_the_blocks_it_touches_and_only_those(tmp_path: Path) -> N
     path.write_bytes(content)
     file = SectionFile(path, "a")
     np.testing.assert_array_equal(file.slice("values", 0, 2 * BLOCK), values[: 2 * BLOCK])
+    around = np.array([4 * BLOCK - 1, 3 * BLOCK, 0, 2 * BLOCK - 1])
+    np.testing.assert_array_equal(file.take("values", around), values[around])
+    with pytest.raises(StoreDamaged, match="block 2"):
+        file.take("values", np.append(around, 3 * BLOCK - 1))
     with pytest.raises(StoreDamaged, match="block 2"):
         file.slice("values", 2 * BLOCK - 1, 2 * BLOCK + 1)
 

@@ -21,7 +21,11 @@ from actstore.store.plan import load_plans
 from actstore.store.planning import build_plan
 from actstore.store.selfcheck import SelfCheck, publish_selfcheck
 from actstore.store.token_stream import TokenizedDocument
-from actstore.store.vocabulary import ActivationLocationType
+from actstore.store.vocabulary import (
+    FORWARD_LOCATIONS,
+    OPTIONAL_LOCATIONS,
+    ActivationLocationType,
+)
 
 LENGTHS = [100, 37, 5, 120, 90, 128, 61, 1, 77, 128, 33, 128, 128, 64, 11, 128]
 ROWS = 512
@@ -140,9 +144,9 @@ def test_the_table_says_what_stands_at_a_row(world: World) -> None:
     ]
     assert table.column("text").to_pylist() == texts
     assert world.store.texts([0, 24, 46, 47, 1000]) == ["a", " a", "\n", "\ufffd", "<1000>"]
-    context = world.store.row_context(np.array(tokens))
-    assert context["position"].tolist() == table.column("position").to_pylist() == [4, 0, 6]
-    assert context["text"] == texts
+    rows = world.store.row_map.of_tokens(tokens)
+    assert rows.position.tolist() == table.column("position").to_pylist() == [4, 0, 6]
+    assert world.store.row_texts(rows) == texts
 
 
 def test_names_of_transformer_lens_and_layers_within_them(world: World) -> None:
@@ -174,7 +178,7 @@ def test_parts_of_a_labelled_tensor(world: World) -> None:
     alone = world.store.raw("attn_value", sequences=[1], layers=[0])
     part = found.sequence(1).layer(0)
     assert np.array_equal(part.numpy(), alone.numpy()[0])
-    assert part.dims == ("token", "head", "head_channel")
+    assert part.dims == ("token", "kv_head", "head_channel")
     assert np.array_equal(part.coordinates["token"], alone.coordinates["token"])
     with pytest.raises(InvalidInput, match=r"no layer 1; it has \(2, 0\)"):
         found.layer(1)
@@ -217,15 +221,15 @@ def test_windows_for_ranking_are_the_derived_values(world: World) -> None:
         assert np.array_equal(window, expected.reshape(len(expected), -1))
         assert window.shape[1] == int(np.prod(world.store.unit_shape(declared)))
     declared = scalar("attn_qk_probs")
-    window = world.store.derive_window(declared, 3, 1).reshape(-1, 2, 128)
-    derived = world.store.derive("attn_qk_probs", sequences=[3], layers=1).numpy()[0]
+    window = world.store.derive_window(declared, 3, 1).reshape(-1, 128, 2).swapaxes(1, 2)
+    derived = world.store.derive("attn_qk_probs", sequences=[3], layers=1).numpy()[0].swapaxes(1, 2)
     length = len(window)
     past = np.tril(np.ones((length, length), bool))
     for head in range(2):
         assert np.array_equal(window[:, head, :length][past], derived[:, head][past])
         assert np.isnan(window[:, head, :length][~past]).all()
     assert np.isnan(window[:, :, length:]).all()
-    assert world.store.unit_restriction(declared, (1, 5)) == {"heads": 1, "attended": 5}
+    assert world.store.unit_restriction(declared, (5, 1)) == {"heads": 1, "attended": 5}
     assert world.store.unit_restriction(scalar("resid_post_mlp_norm"), (0,)) == {}
 
 
@@ -351,7 +355,8 @@ def test_a_measured_error_is_named(tmp_path: Path) -> None:
 
 def test_all_seventeen_locations_are_listed(world: World) -> None:
     locations = world.store.locations
-    assert list(locations) == [location.label for location in ActivationLocationType]
+    own = [location for location in FORWARD_LOCATIONS if location not in OPTIONAL_LOCATIONS]
+    assert list(locations) == [location.label for location in own]
     assert locations["attn_query"].kind == "reconstructed"
     assert locations["attn_query"].dtype is None
     assert locations["attn_query"].bytes == 0
@@ -453,7 +458,7 @@ def test_unknown_names(world: World) -> None:
 def test_an_empty_question_has_an_empty_answer(world: World) -> None:
     found = world.store.raw("mlp_post_act", tokens=[])
     assert found.shape == (3, 0, 40)
-    assert world.store.derive("attn_qk_probs", sequences=[]).shape == (3, 0, 2, 0)
+    assert world.store.derive("attn_qk_probs", sequences=[]).shape == (3, 0, 0, 2)
     assert world.store.gather("mlp_post_act", tokens=[])[1].num_rows == 0
 
 

@@ -12,14 +12,20 @@ from golden_store import PROMPTS, build_golden_store, location_values
 from hypothesis import given
 from hypothesis import strategies as st
 from store_builder import build_store, stored_rows
+from tiny_gpt2 import LOCATIONS
 
 from actstore.query.reading import read_rows
-from actstore.query.reconstruction import RECIPES
 from actstore.query.session import Store
 from actstore.query.sources import Sources
 from actstore.store.errors import ErrorKind, Unavailable
+from actstore.store.model.architecture import architecture_of
 from actstore.store.model.dimensions import ACTIVATION_FUNCTIONS
-from actstore.store.vocabulary import PRESETS, ActivationLocationType, PassType
+from actstore.store.model.recipes import RECIPES, Setting
+from actstore.store.vocabulary import (
+    PRESETS,
+    ActivationLocationType,
+    PassType,
+)
 
 L = ActivationLocationType
 MLP = L.MLP_POST_ACT
@@ -47,7 +53,7 @@ def test_every_location_is_readable_and_equals_the_reference(
     tmp_path: Path, kept: str, dtype: str, tolerance: float
 ) -> None:
     with golden(tmp_path, PRESETS.get(kept, (MLP,)), dtype) as store:
-        for location in L:
+        for location in LOCATIONS:
             for sequence, prompt in enumerate(PROMPTS):
                 found = store.raw(location.label, sequences=[sequence], dtype="float64")
                 assert_close(found.numpy(), location_values(location, prompt), tolerance)
@@ -197,17 +203,15 @@ def test_activation_functions_are_those_of_the_config(name: str) -> None:
 def test_scores_are_scaled_by_layer_where_the_model_says_so() -> None:
     recipe = next(row for row in RECIPES["gpt2"] if row.target is L.ATTN_QK_LOGITS)
 
-    class Dimensions:
-        @staticmethod
-        def attention_scaling(layer: int) -> float:
-            return 0.5 / (layer + 1)
-
-    class Setting:
-        dimensions = Dimensions()
-        layer = 3
-
-    query, key = torch.randn(2, 4, 2, 3, dtype=torch.float64, generator=torch.manual_seed(0))
-    found = recipe.function([query, key], [], Setting())  # type: ignore[arg-type]
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 8,
+        "n_head": 2,
+        "scale_attn_by_inverse_layer_idx": True,
+    }
+    dimensions = architecture_of(config).dimensions(config)
+    query, key = torch.randn(2, 4, 2, 4, dtype=torch.float64, generator=torch.manual_seed(0))
+    found = recipe.function([query, key], [], Setting(dimensions, 3))
     for row in range(4):
         for head in range(2):
             for attended in range(4):

@@ -1,5 +1,6 @@
 """Top-k and examples against brute force over the stored arrays."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,35 @@ def test_rows_carry_their_place_and_text(stores: dict[str, tuple[Store, Truth]])
         assert row["position"] == truth.position[row["token"]]
         assert row["text"] == store.texts([truth.token_id[row["token"]]])[0]
     assert result.to_arrow().num_rows == len(result.df()) == len(result.pl()) == 30
+
+
+def test_text_is_read_when_it_is_looked_at(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((1, 600, 4))
+    path = build_store(tmp_path / "store", {"mlp_post_act": values}, [100] * 6)
+    with Store(path) as store:
+        sound = store.topk("mlp_post_act", k=5)
+        tokenizer = path / "model" / "tokenizer.json"
+        tokenizer.write_bytes(tokenizer.read_bytes().replace(b"BPE", b"BPF"))
+        found = store.topk("mlp_post_act", k=5)
+        assert found.column("value") == sound.column("value")
+        for look in (found.rows, found.to_arrow, lambda: found.column("text")):
+            with pytest.raises(StoreDamaged, match=r"tokenizer\.json"):
+                look()
+    with pytest.raises(StoreDamaged):
+        sound.rows()
+
+
+def test_an_answer_outlives_its_store_and_survives_pickling(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((1, 600, 4))
+    path = build_store(tmp_path / "store", {"mlp_post_act": values}, [100] * 6)
+    with Store(path) as store:
+        expected = store.topk("mlp_post_act", k=5).rows()
+        found = store.topk("mlp_post_act", k=5)
+    assert found.rows() == expected
+    assert all(row["text"] for row in expected)
+    copy = pickle.loads(pickle.dumps(found))
+    assert copy.rows() == expected
+    assert copy.certificate == found.certificate
 
 
 def test_units_by_sql_equal_units_by_pairs(stores: dict[str, tuple[Store, Truth]]) -> None:

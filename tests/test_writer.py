@@ -18,7 +18,11 @@ from actstore.store.blobs import LocalBlobs, write_failed
 from actstore.store.commits import lock_segment
 from actstore.store.errors import ErrorKind, WriteFailed
 from actstore.store.plan import SegmentPlan
+from actstore.store.plan_record import PlanConfig
+from actstore.store.planning import build_plan
 from actstore.store.reader import StoreReader
+from actstore.store.spool import BUFFER_BYTES, Spool
+from actstore.store.token_stream import TokenizedDocument
 
 SECONDS = 10.0
 
@@ -194,6 +198,25 @@ def test_parents_of_new_directories_are_synced_once(tmp_path: Path, synced: list
     synced.clear()
     blobs.replace("a/c/three", b"3")
     assert synced == ["a", "c"]
+
+
+def test_folder_of_a_spool_is_synced_into_its_parents(tmp_path: Path, synced: list[str]) -> None:
+    spool = Spool(tmp_path / "store" / "plan")
+    spool.write(bytes(BUFFER_BYTES))
+    spool.close()
+    assert synced == [tmp_path.name, "store"]
+
+
+def test_store_that_a_lock_makes_is_synced_into_its_parent(
+    tmp_path: Path, synced: list[str]
+) -> None:
+    config = PlanConfig(context=4, vocabulary_size=8, segment_rows=512, batch_tokens=8)
+    documents = [TokenizedDocument(np.arange(4, dtype=np.int32), "text", {})]
+    build_plan(LocalBlobs(tmp_path / "one"), config, documents, [], append=False)
+    assert synced[:2] == [tmp_path.name, "one"]
+    synced.clear()
+    with lock_segment(tmp_path / "two", "base", 0):
+        assert synced == [tmp_path.name, "two"]
 
 
 def test_name_that_another_writer_linked_is_synced_too(tmp_path: Path, synced: list[str]) -> None:

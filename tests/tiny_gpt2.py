@@ -6,6 +6,11 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from actstore.store.model.architecture import architecture_of
+
+LOCATIONS = tuple(architecture_of({"model_type": "gpt2"}).taps)
+"""Every place of GPT-2's forward pass, in its order."""
+
 SIZES: dict[str, Any] = {
     "n_layer": 2,
     "n_embd": 16,
