@@ -144,11 +144,18 @@ def ablation(given: dict[str, Any]) -> Ablation:
 def objective(run: dict[str, Any]) -> Objective | None:
     if run["loss"] is None:
         return None
-    ids, name = run["loss_token_ids"], run["loss"]["name"]
-    target, distractor = tuple(ids["target"]), tuple(ids["distractor"])
+    name = run["loss"]["name"]
+    if name == "zero":
+        return Zero()
+    ids = run["loss_token_ids"]
+    target, distractor = tuple(ids["target"]), tuple(ids["distractor"] or ())
     if name == "logit_diff":
         return LogitDiff(target, distractor or None)
-    return LogitMinusMean(target) if name == "logit_minus_mean" else Probabilities(target)
+    kinds: dict[str, type[LogitMinusMean | Probabilities]] = {
+        "logit_minus_mean": LogitMinusMean,
+        "probs": Probabilities,
+    }
+    return kinds[name](target)
 
 
 @dataclass
