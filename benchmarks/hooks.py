@@ -12,11 +12,12 @@ from actstore.ingest.model import LoadedModel
 from actstore.ingest.writer import SegmentAssembly
 from actstore.store.blobs import LocalBlobs
 from actstore.store.layout import ArraySpec, StoredDtype
+from actstore.store.location_names import parse_locations
 from actstore.store.plan import SegmentPlan
 from actstore.store.plan_record import PlanConfig
 from actstore.store.planning import build_plan
 from actstore.store.token_stream import TokenizedDocument
-from actstore.store.vocabulary import ActivationLocationType, PassType, parse_locations
+from actstore.store.vocabulary import ActivationLocationType, PassType
 from benchmarks.harness import Case, Options, Ratio, Result, Timing, compare, interleave, scratch
 from benchmarks.models import bare_forward, demo_model, random_model
 

@@ -8,8 +8,9 @@ from typing import Self
 from actstore.ingest.objectives import Objective, parse_objective
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.layout import PAGE_ROWS, StoredDtype
+from actstore.store.location_names import parse_location, parse_locations
 from actstore.store.publishing import BASE_SET
-from actstore.store.vocabulary import ActivationLocationType, parse_location, parse_locations
+from actstore.store.vocabulary import ActivationLocationType
 
 __all__ = ["DEFAULT_GRADIENTS", "IngestSettings", "Progress", "segment_rows_for"]
 

@@ -15,8 +15,9 @@ from actstore.query.rows import Rows
 from actstore.query.sources import Sources
 from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
 from actstore.store.latent_reader import LatentArray, LatentSet, open_latent_sets
+from actstore.store.location_names import parse_location
 from actstore.store.reader import StoreReader
-from actstore.store.vocabulary import Dimension, NodeType, PassType, parse_location
+from actstore.store.vocabulary import Dimension, NodeType, PassType
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from actstore.query.derived import FAMILIES, DerivedScalar
 from actstore.query.derived.pages import SYMBOL_NOTES, is_rankable, scalar_page
-from actstore.store.vocabulary import FORWARD_LOCATIONS, PRESETS
+from actstore.store.location_names import PRESETS
+from actstore.store.vocabulary import FORWARD_LOCATIONS
 
 DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = DOCS / "scalars"

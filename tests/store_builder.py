@@ -24,6 +24,7 @@ from crc32c import crc32c
 from actstore.store.blobs import LocalBlobs, Part
 from actstore.store.commits import CommitRecord, read_commits
 from actstore.store.layout import ArraySpec, StoredDtype
+from actstore.store.location_names import parse_location
 from actstore.store.manifest import FileEntry, SetRecord, StoreManifest, read_manifest, read_sets
 from actstore.store.model.architecture import architecture_of
 from actstore.store.model.dimensions import ModelDimensions
@@ -45,7 +46,7 @@ from actstore.store.publishing import publish_metadata, publish_segment
 from actstore.store.sections import encode_sections
 from actstore.store.shards import SegmentBuffer
 from actstore.store.token_stream import TokenizedDocument
-from actstore.store.vocabulary import Dimension, PassType, parse_location
+from actstore.store.vocabulary import Dimension, PassType
 
 __all__ = ["append_plan", "build_store", "commit_segments", "stored_rows", "to_stored"]
 

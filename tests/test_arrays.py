@@ -13,11 +13,12 @@ from actstore.store.blobs import LocalBlobs
 from actstore.store.errors import InvalidInput, StoreDamaged
 from actstore.store.keys import infinity_key, key_values, ordered_keys
 from actstore.store.layout import ArraySpec, StoredDtype, array_metadata
+from actstore.store.location_names import parse_location, parse_locations
 from actstore.store.shard_file import parse_shard, shard_parts
 from actstore.store.shards import Descriptors, SegmentBuffer, ShardReader
 from actstore.store.statistics import UnitStatistics, merge_moments
 from actstore.store.vocabulary import ActivationLocationType as Location
-from actstore.store.vocabulary import PassType, parse_location, parse_locations
+from actstore.store.vocabulary import PassType
 from actstore.store.zones import EMPTY_ROW, LIST_LENGTH, describe_segment
 
 SHAPES = [

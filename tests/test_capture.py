@@ -25,8 +25,9 @@ from actstore.ingest.capture import Capture
 from actstore.ingest.model import LoadedModel, load_model
 from actstore.ingest.reference import independent_forward
 from actstore.store.errors import ErrorKind, IngestStopped, InvalidInput
+from actstore.store.location_names import PRESETS
 from actstore.store.model.architecture import architecture_of
-from actstore.store.vocabulary import PRESETS, ActivationLocationType
+from actstore.store.vocabulary import ActivationLocationType
 
 GOLDEN = Path(__file__).parent / "data" / "tdb_tiny_a"
 L = ActivationLocationType

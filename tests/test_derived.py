@@ -31,13 +31,13 @@ from actstore.query.derived.evaluation import evaluate
 from actstore.query.derived.registry import requires_gradient
 from actstore.query.session import Store
 from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.location_names import PRESETS
 from actstore.store.model.dimensions import ModelDimensions
 from actstore.store.model.recipes import RECIPES, WeightName
 from actstore.store.nodes import index_axes
 from actstore.store.vocabulary import (
     FORWARD_LOCATIONS,
     OPTIONAL_LOCATIONS,
-    PRESETS,
     ActivationLocationType,
     Dimension,
     NodeType,

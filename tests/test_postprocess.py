@@ -33,12 +33,12 @@ from actstore.query.postprocess import POSTPROCESSORS, postprocess, postprocesso
 from actstore.query.postprocess_nodes import NodeGroup, NodeRule, Prepared
 from actstore.query.session import Store
 from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
+from actstore.store.location_names import PRESETS
 from actstore.store.model.autoencoder_families import Autoencoders
 from actstore.store.model.autoencoder_functions import JumpReLU, Normalisation, ReLU
 from actstore.store.model.autoencoders import Autoencoder
 from actstore.store.nodes import AttnSubNodeIndex, NodeIndex
 from actstore.store.vocabulary import (
-    PRESETS,
     ActivationLocationType,
     Dimension,
     NodeType,

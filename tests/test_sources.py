@@ -18,14 +18,11 @@ from actstore.query.reading import read_rows
 from actstore.query.session import Store
 from actstore.query.sources import Sources
 from actstore.store.errors import ErrorKind, Unavailable
+from actstore.store.location_names import PRESETS
 from actstore.store.model.architecture import architecture_of
 from actstore.store.model.dimensions import ACTIVATION_FUNCTIONS
 from actstore.store.model.recipes import RECIPES, Setting
-from actstore.store.vocabulary import (
-    PRESETS,
-    ActivationLocationType,
-    PassType,
-)
+from actstore.store.vocabulary import ActivationLocationType, PassType
 
 L = ActivationLocationType
 MLP = L.MLP_POST_ACT

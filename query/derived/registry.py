@@ -8,7 +8,8 @@ from types import MappingProxyType
 from actstore.query.derived import attention, edges, latents, mlp, raw, residual
 from actstore.query.derived.declaration import DerivedScalar, Direction, Source
 from actstore.store.errors import ErrorKind, InvalidInput
-from actstore.store.vocabulary import ActivationLocationType, PassType, parse_location
+from actstore.store.location_names import parse_location
+from actstore.store.vocabulary import ActivationLocationType, PassType
 
 __all__ = [
     "FAMILIES",

@@ -28,10 +28,11 @@ from actstore.query.reading import choose_layers, torch_dtype
 from actstore.query.rows import Rows
 from actstore.query.tensors import LabelledTensor, LabelledTensors
 from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.location_names import parse_location
 from actstore.store.model.autoencoder_families import Autoencoders
 from actstore.store.model.autoencoders import Autoencoder
 from actstore.store.nodes import Ablation, NodeIndex, TraceConfig
-from actstore.store.vocabulary import ActivationLocationType, PassType, parse_location
+from actstore.store.vocabulary import ActivationLocationType, PassType
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actstore.store.errors import ErrorKind, InvalidInput, StoreDamaged
+from actstore.store.location_names import parse_location
 from actstore.store.model.autoencoder_functions import Normalisation, activation_from
 from actstore.store.model.autoencoders import Autoencoder
 from actstore.store.records import well_formed
-from actstore.store.vocabulary import parse_location
 
 if TYPE_CHECKING:
     import torch

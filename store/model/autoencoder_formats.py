@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.location_names import parse_location
 from actstore.store.model.autoencoder_files import (
     TensorFile,
     malformed_file,
@@ -37,7 +38,7 @@ from actstore.store.model.autoencoder_functions import (
 )
 from actstore.store.model.autoencoders import Autoencoder
 from actstore.store.model.saelens_format import CONFIG, WEIGHTS, load_saelens
-from actstore.store.vocabulary import ActivationLocationType, parse_location
+from actstore.store.vocabulary import ActivationLocationType
 
 if TYPE_CHECKING:
     import os

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.location_names import parse_location
 from actstore.store.model.autoencoder_files import (
     TensorFile,
     malformed_file,
@@ -25,7 +26,7 @@ from actstore.store.model.autoencoder_functions import (
     unsupported_autoencoder,
 )
 from actstore.store.model.autoencoders import Autoencoder
-from actstore.store.vocabulary import ActivationLocationType, Dimension, parse_location
+from actstore.store.vocabulary import ActivationLocationType, Dimension
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -45,7 +45,8 @@ def locations(
     as_json: AsReport = False,
 ) -> None:
     """List the places in the forward pass whose tensors can be kept."""
-    from actstore.store.vocabulary import FORWARD_LOCATIONS, PRESETS
+    from actstore.store.location_names import PRESETS
+    from actstore.store.vocabulary import FORWARD_LOCATIONS
 
     if store is not None:
         _store_locations(store, as_json=as_json)
