@@ -19,7 +19,7 @@ class LocationInfo:
 
     Attributes:
         name: the location; ``<location>/backward`` for its gradient.
-        kind: ``stored``, ``reconstructed`` or ``needs a model``.
+        kind: ``stored``, ``reconstructed``, ``needs a model`` or ``not obtainable``.
         source: the same with dtype or inputs, for people.
         axes: axes after ``layer`` and ``token``.
         meaning: one line.
@@ -29,6 +29,9 @@ class LocationInfo:
         segments: committed segments.
         measured_error: worst difference of a row from an independent forward pass, relative
             to the row's largest magnitude; None before a self-check.
+        steps: recipes that follow one another from stored values to it: what having it
+            costs. 0 for a stored one; None for one that cannot be had, and for gradients.
+        inputs_error: the worst measured error of the stored arrays that it is made from.
     """
 
     name: str
@@ -41,6 +44,8 @@ class LocationInfo:
     bytes: int
     segments: int
     measured_error: float | None
+    steps: int | None
+    inputs_error: float | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class StoreInfo:
 
 
 def list_locations(reader: StoreReader, sources: Sources) -> dict[str, LocationInfo]:
-    """The model's forward locations in the order of the forward pass, then stored gradients."""
+    """All forward locations in the order of the forward pass, then stored gradients."""
     retention = {
         label: kept for record in reader.sets.values() for label, kept in record.retention.items()
     }
@@ -124,7 +129,7 @@ def list_locations(reader: StoreReader, sources: Sources) -> dict[str, LocationI
     return {
         entry.name: entry
         for pass_type, locations in (
-            (PassType.FORWARD, [one for one in FORWARD_LOCATIONS if sources.exists(one)]),
+            (PassType.FORWARD, list(FORWARD_LOCATIONS)),
             (PassType.BACKWARD, gradients),
         )
         for location in locations
@@ -159,6 +164,8 @@ def _describe(
         bytes=size,
         segments=len(array.segments) if array is not None else 0,
         measured_error=sources.errors.get(array.spec.key) if array is not None else None,
+        steps=sources.steps(location) if forward else None,
+        inputs_error=sources.inputs_error(location) if forward else None,
     )
 
 

@@ -24,7 +24,7 @@ from actstore.query.sequence_values import SequenceValues
 from actstore.store.errors import ErrorKind, Unavailable
 from actstore.store.model.dimensions import ModelDimensions
 from actstore.store.model.readout import READOUT_KEY
-from actstore.store.model.recipes import RECIPES, Recipe, WeightName
+from actstore.store.model.recipes import LAST_RESORT, RECIPES, Recipe, WeightName
 from actstore.store.model.weights import ModelWeights, open_model
 from actstore.store.reader import StoreReader
 from actstore.store.selfcheck import read_selfchecks
@@ -165,7 +165,31 @@ class Sources:
                     if known is None or cost < known[0]:
                         best[recipe.target, layer] = (cost, recipe)
                         changed = True
+        self._steps = {place: sum(divmod(cost, LAST_RESORT)) for place, (cost, _) in best.items()}
         return {place: recipe for place, (_, recipe) in best.items()}
+
+    def steps(self, location: ActivationLocationType) -> int | None:
+        """Recipes that follow one another to a forward location, in the layer with the most.
+
+        0 for a stored one, None for one that cannot be had here.
+        """
+        places = [(location, layer) for layer in self._layers(location)]
+        if not all(place in self.routes for place in places):
+            return None
+        return max(self._steps[place] for place in places)
+
+    def inputs_error(self, location: ActivationLocationType) -> float | None:
+        """The worst measured error of the stored arrays that a location is made from."""
+        layers = self._layers(location)
+        if not all((location, layer) in self.routes for layer in layers):
+            return None
+        names = {name for layer in layers for name in self.roots(location, layer)}
+        found = [
+            self.errors[array.spec.key]
+            for (of, kind), array in self.reader.arrays.items()
+            if kind is PassType.FORWARD and of.label in names and array.spec.key in self.errors
+        ]
+        return max(found, default=None)
 
     @property
     def recipes(self) -> Sequence[Recipe]:
@@ -196,9 +220,16 @@ class Sources:
         return location in self.model.architecture.taps
 
     def kind(self, location: ActivationLocationType, pass_type: PassType) -> str:
-        """``stored``, ``reconstructed`` or ``needs a model``, over all layers."""
+        """How a location can be had, over all layers.
+
+        Returns:
+            ``stored``, ``reconstructed``, ``needs a model``, or ``not obtainable`` where the
+            architecture has no such place.
+        """
         if (location, pass_type) in self.reader.arrays:
             return "stored"
+        if not location.is_online and not self.exists(location):
+            return "not obtainable"
         known = self.routes if pass_type is PassType.FORWARD else self.gradients.reachable
         reachable = all((location, layer) in known for layer in self._layers(location))
         return "reconstructed" if reachable else "needs a model"
@@ -244,8 +275,11 @@ class Sources:
             error = self.errors.get(array.spec.key)
             measured = "" if error is None else f" (measured error {error:.1e})"
             return f"stored {array.spec.dtype.value}{measured}"
-        if self.kind(location, pass_type) == "needs a model":
-            return "needs a model"
+        kind = self.kind(location, pass_type)
+        if kind == "not obtainable":
+            return self.model.architecture.why_absent(location)
+        if kind == "needs a model":
+            return kind
         layers = self._layers(location)
         names = dict.fromkeys(
             name for layer in layers for name in self.roots(location, layer, pass_type)

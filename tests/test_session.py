@@ -355,8 +355,10 @@ def test_a_measured_error_is_named(tmp_path: Path) -> None:
 
 def test_all_seventeen_locations_are_listed(world: World) -> None:
     locations = world.store.locations
-    own = [location for location in FORWARD_LOCATIONS if location not in OPTIONAL_LOCATIONS]
-    assert list(locations) == [location.label for location in own]
+    assert list(locations) == [location.label for location in FORWARD_LOCATIONS]
+    absent = {name for name, entry in locations.items() if entry.kind == "not obtainable"}
+    assert absent == {location.label for location in OPTIONAL_LOCATIONS}
+    assert "gated" in locations["mlp_pre_linear"].source
     assert locations["attn_query"].kind == "reconstructed"
     assert locations["attn_query"].dtype is None
     assert locations["attn_query"].bytes == 0

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "LAST_RESORT",
     "RECIPES",
     "Recipe",
     "Setting",
@@ -86,7 +87,7 @@ class Recipe:
 
 _L = ActivationLocationType
 _W = WeightLocationType
-_LAST_RESORT = 1000
+LAST_RESORT = 1000
 
 _BEFORE = Source(_L.RESID_POST_MLP, layer=LayerRule.PREVIOUS)
 _LAST = Source(_L.RESID_POST_MLP, layer=-1)
@@ -186,7 +187,7 @@ def _residuals(family: Architecture) -> Iterator[Recipe]:
             if addend is not _BEFORE:
                 others = tuple(other for other in addends if other is not addend)
                 inputs = (whole, *others)
-                yield Recipe(addend.location, inputs, (), difference, cost=_LAST_RESORT)
+                yield Recipe(addend.location, inputs, (), difference, cost=LAST_RESORT)
 
 
 def recipes_of(family: Architecture) -> tuple[Recipe, ...]:
@@ -207,7 +208,7 @@ def recipes_of(family: Architecture) -> tuple[Recipe, ...]:
         Recipe(scale, (_LAST,), (), norm_scale),
         Recipe(_L.LOGITS, (_LAST,), (*final, _W.UNEMBEDDING), unembed, scale),
     )
-    return tuple(sorted(ways, key=lambda recipe: recipe.cost >= _LAST_RESORT))
+    return tuple(sorted(ways, key=lambda recipe: recipe.cost >= LAST_RESORT))
 
 
 RECIPES: Mapping[str, tuple[Recipe, ...]] = MappingProxyType(

@@ -169,8 +169,18 @@ def _store_locations(store: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"rows": [asdict(entry) for entry in found]})
         return
-    rows = [[entry.name, entry.kind, entry.source, entry.meaning] for entry in found]
-    print_table(console(), ["location", "kind", "source", "meaning"], rows)
+    rows = [
+        [
+            entry.name,
+            entry.kind,
+            "" if entry.steps is None else str(entry.steps),
+            "" if entry.inputs_error is None else f"{entry.inputs_error:.0e}",
+            entry.source,
+            entry.meaning,
+        ]
+        for entry in found
+    ]
+    print_table(console(), ["location", "kind", "steps", "error", "source", "meaning"], rows)
 
 
 def _joined(value: Any) -> Any:
