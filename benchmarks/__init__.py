@@ -4,5 +4,5 @@ Each compares with a floor that is measured in the same run: what a disk, a plai
 or a bare forward pass would take. Ratios travel between machines, seconds do not.
 """
 
-BENCHMARKS = ("write", "rows", "topk", "hooks", "memory", "ingest", "derive")
+BENCHMARKS = ("write", "rows", "topk", "hooks", "memory", "ingest", "derive", "cache")
 """The benchmarks' names; each is a module with ``FULL_SIZE`` and ``run(size, options)``."""

@@ -675,7 +675,7 @@ def test_a_parallel_model_says_why_it_has_no_stream_between(tmp_path: Path) -> N
         Capture(loaded, [L.RESID_POST_ATTN])
     assert refused.value.kind is ErrorKind.UNKNOWN_LOCATION
     with Store(ingested("gpt_neox", tmp_path)) as store:
-        assert "resid_post_attn" not in store.locations
+        assert store.locations["resid_post_attn"].kind == "not obtainable"
         with pytest.raises(Unavailable, match="a parallel residual"):
             store.raw("resid_post_attn", sequences=[0])
         with pytest.raises(Unavailable, match="a parallel residual"):

@@ -75,6 +75,16 @@ EXPECTED = {
         "segments over bare forward",
     },
     "derive": {f"{name}: store / model" for name in DERIVED},
+    "cache": {
+        f"{what}: peak / bound"
+        for what in (
+            "full decomposition, last token",
+            "full decomposition, every position",
+            "neurons, last token",
+            "neurons, every position",
+            "accumulated_resid, last token",
+        )
+    },
 }
 
 
