@@ -8,13 +8,8 @@ Upstream stacks ``components x batch x position x d_model`` in float32 and proje
 bytes are computed, and neither its model's pass nor its copies are counted.
 """
 
-import ctypes
-import gc
-import re
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +17,7 @@ import torch
 
 import actstore
 from actstore.query.cache import ActivationCache
-from benchmarks.harness import Options, Ratio, Result, Timing, scratch
+from benchmarks.harness import Options, Ratio, Result, Timing, measured_peak, scratch
 from benchmarks.models import demo_model
 
 FULL_SIZE = 1000
@@ -30,8 +25,6 @@ _LENGTH = 64
 _CONSTANT = 32 * 2**20
 # A peak of nothing still has to be a number above 0.
 _PAGE = 4096
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
 
 _Question = Callable[[ActivationCache], torch.Tensor]
 
@@ -65,7 +58,10 @@ def run(size: int, options: Options | None = None) -> Result:
         )
         for label, ask in _questions(direction).items():
             ask(store.cache([0]))
-            seconds, peak, shape = _measured(partial(ask, store.cache()))
+            answer, seconds, peak = measured_peak(partial(ask, store.cache()))
+            assert isinstance(answer, torch.Tensor)
+            shape = tuple(answer.shape)
+            del answer
             result = 4 * int(np.prod(shape))
             bound = result + intermediate + _CONSTANT
             positions = 1 if "last token" in label else _LENGTH
@@ -112,22 +108,3 @@ def _accumulated(cache: ActivationCache) -> torch.Tensor:
     found = cache.accumulated_resid(pos_slice=-1)
     assert isinstance(found, torch.Tensor)
     return found
-
-
-def _measured(action: Callable[[], torch.Tensor]) -> tuple[float, int, tuple[int, ...]]:
-    """Seconds, the peak of resident bytes above those before, and the result's shape."""
-    gc.collect()
-    # What was freed goes back to the kernel, so that a peak is this action's own.
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    _CLEAR.write_text("5\n")  # the kernel's peak begins anew
-    started = time.perf_counter()
-    shape = tuple(action().shape)
-    seconds = time.perf_counter() - started
-    return seconds, max(0, _resident("VmHWM") - before), shape
-
-
-def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
-    assert found is not None
-    return int(found[1]) * 1024

@@ -6,13 +6,8 @@ sixteen sequences, forward or forward and backward, and records what the scalar 
 Peaks are of the resident memory above what the process held before, scalar by scalar.
 """
 
-import ctypes
-import gc
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,14 +22,12 @@ from actstore.query.derived.registry import inputs_of, requires_gradient
 from actstore.query.pass_values import PassValues
 from actstore.query.session import Store
 from actstore.store.vocabulary import ActivationLocationType
-from benchmarks.harness import Options, Ratio, Result, Timing, scratch
+from benchmarks.harness import Options, Ratio, Result, Timing, measured_peak, scratch
 from benchmarks.models import demo_model
 
 FULL_SIZE = 1000
 _LENGTH = 64
 _BATCH = 16
-_STATUS = Path("/proc/self/status")
-_CLEAR = Path("/proc/self/clear_refs")
 
 
 def run(size: int, options: Options | None = None) -> Result:
@@ -65,15 +58,17 @@ def run(size: int, options: Options | None = None) -> Result:
             # The first sequence of each side pays for what is made once.
             _consume(scalar, _stored(store, 1))
             _consume(scalar, _rerun(loaded, scalar, sequences[:1]))
-            read, read_peak = _measured(partial(_consume_stored, scalar, store, size))
-            ran, ran_peak = _measured(partial(_consume_rerun, scalar, loaded, sequences))
+            _, read, read_peak = measured_peak(partial(_consume_stored, scalar, store, size))
+            _, ran, ran_peak = measured_peak(partial(_consume_rerun, scalar, loaded, sequences))
             for side, seconds in (("store", read), ("model", ran)):
                 label = f"{scalar.name}, {side}"
                 timings.append(Timing(label, (seconds,), size, "sequences"))
             ratios.append(
                 Ratio(f"{scalar.name}: store / model", read / ran, read / ran, read / ran)
             )
-            peaks[f"{scalar.name}: peak MB, store / model"] = f"{read_peak:.0f} / {ran_peak:.0f}"
+            peaks[f"{scalar.name}: peak MB, store / model"] = (
+                f"{read_peak / 1e6:.0f} / {ran_peak / 1e6:.0f}"
+            )
         held = sum(entry.bytes for entry in store.info().locations.values())
     every = sorted(ratio.value for ratio in ratios)
     facts = {
@@ -140,22 +135,3 @@ def _consume(scalar: DerivedScalar, values: Iterator[RawValues]) -> None:
     for one in values:
         for layer in layers_of(scalar, one.dimensions.n_layers):
             evaluate(scalar, one, layer)
-
-
-def _measured(action: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and the peak of resident megabytes above those before."""
-    gc.collect()
-    # What was freed goes back to the kernel, so that a peak is this action's own.
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    _CLEAR.write_text("5\n")  # the kernel's peak begins anew
-    started = time.perf_counter()
-    action()
-    seconds = time.perf_counter() - started
-    return seconds, max(0.0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> float:
-    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
-    assert found is not None
-    return int(found[1]) / 1000

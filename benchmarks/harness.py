@@ -4,11 +4,13 @@ The repetitions of all cases of a measurement run in one random order, so that w
 the machine does falls on all of them alike. Reported are medians and quartiles.
 """
 
+import ctypes
 import gc
 import json
 import os
 import platform
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -30,6 +32,7 @@ __all__ = [
     "interleave",
     "is_cached",
     "machine_facts",
+    "measured_peak",
     "render",
     "scratch",
 ]
@@ -280,6 +283,27 @@ def scratch() -> Iterator[Path]:
     """An empty folder, removed at the end. ``TMPDIR`` says on which disk."""
     with tempfile.TemporaryDirectory(prefix="actstore-benchmark-") as folder:
         yield Path(folder)
+
+
+def measured_peak(action: Callable[[], object]) -> tuple[object, float, int]:
+    """What an action returns, its seconds, and its peak of resident bytes above those before.
+
+    Memory freed before goes back to the kernel first, so that the peak is the action's own.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5\n")  # the kernel's peak begins anew
+    started = time.perf_counter()
+    result = action()
+    seconds = time.perf_counter() - started
+    return result, seconds, max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def machine_facts() -> dict[str, Any]:

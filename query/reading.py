@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from actstore.query.derived import DerivedScalar
 from actstore.query.derived.config import DstConfig
-from actstore.query.derived.evaluation import PLAIN, evaluate
+from actstore.query.derived.evaluation import PLAIN, evaluate, layers_of
 from actstore.query.latent_sets import dense_window, describe_kept
 from actstore.query.rows import RowMap, Rows
 from actstore.query.sources import Sources
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from actstore.query.sequence_values import SequenceValues
 
-__all__ = ["TensorReader", "choose_layers", "read_rows", "torch_dtype"]
+__all__ = ["TensorReader", "choose_layers", "choose_scalar_layers", "read_rows", "torch_dtype"]
 
 Layers = Sequence[int | None]
 """Layer numbers, or None alone for what lies outside the blocks."""
@@ -264,6 +264,31 @@ def choose_layers(
                 f"There is no layer {layer!r} of {name}; this model has 0 to {n_layers - 1}."
             )
     return range(n_layers) if given is None else [int(layer) for layer in given]
+
+
+def choose_scalar_layers(
+    declared: DerivedScalar,
+    n_layers: int,
+    config: DstConfig,
+    named: int | None,
+    layers: int | Iterable[int] | None,
+) -> Layers:
+    """The layers of a derived scalar that a call means; see :func:`choose_layers`.
+
+    Raises:
+        InvalidInput: it has no such layer, or not for this config.
+    """
+    known = layers_of(declared, n_layers, config)
+    if layers is None and named is None:
+        return known
+    asked = choose_layers(declared.name, declared.has_layers, n_layers, named, layers)
+    outside = [layer for layer in asked if layer not in known]
+    if outside:
+        raise _unknown(
+            f"{declared.name} is at layers {list(known)} for this config, not at {outside}. "
+            "Ask for those, or change the config."
+        )
+    return asked
 
 
 def torch_dtype(name: str) -> Any:

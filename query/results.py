@@ -3,13 +3,11 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-if TYPE_CHECKING:
-    import pandas
-    import polars
+from actstore.query.columnar import Columnar
 
 __all__ = ["Certificate", "TopK"]
 
@@ -50,7 +48,7 @@ class Certificate:
         return asdict(self)
 
 
-class TopK:
+class TopK(Columnar):
     """The k best values, in order.
 
     Token ids and vocabulary are read when the text is looked at: that may take longer than
@@ -101,27 +99,9 @@ class TopK:
         values: list[Any] = table.column(name).to_pylist()
         return values
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict per row."""
-        rows: list[dict[str, Any]] = self.table.to_pylist()
-        return rows
-
     def to_arrow(self) -> pa.Table:
         """The rows as an Arrow table."""
         return self.table
-
-    def df(self) -> "pandas.DataFrame":
-        """The rows as a pandas data frame; needs pandas."""
-        frame: pandas.DataFrame = self.table.to_pandas()
-        return frame
-
-    def pl(self) -> "polars.DataFrame":
-        """The rows as a polars data frame; needs polars."""
-        import polars
-
-        frame = polars.from_arrow(self.table)
-        assert isinstance(frame, polars.DataFrame)
-        return frame
 
     def to_json(self) -> dict[str, Any]:
         """``{"rows": [...], "certificate": {...}}``."""

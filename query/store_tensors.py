@@ -12,10 +12,15 @@ from actstore.query.batches import BatchReader
 from actstore.query.derived import DerivedScalar, parse_scalar
 from actstore.query.derived.backward import in_pass
 from actstore.query.derived.config import DstConfig
-from actstore.query.derived.evaluation import PLAIN, layers_of
+from actstore.query.derived.evaluation import PLAIN
 from actstore.query.derived.registry import require_free_name
 from actstore.query.opening import OpenStore
-from actstore.query.reading import TensorReader, choose_layers, torch_dtype
+from actstore.query.reading import (
+    TensorReader,
+    choose_layers,
+    choose_scalar_layers,
+    torch_dtype,
+)
 from actstore.query.rows import Rows
 from actstore.query.tensors import LabelledTensor, LabelledTensors
 from actstore.store.errors import ErrorKind, InvalidInput
@@ -247,17 +252,7 @@ class StoreTensors(OpenStore):
         declared, named_layer = parse_scalar(name, self._own_scalars)
         declared = in_pass(declared, pass_type)
         config = self.kept_latents.config_for(declared, config)
-        chosen: Sequence[int | None] = layers_of(declared, self.n_layers, config)
-        if layers is not None or named_layer is not None:
-            asked = self._layers(declared.name, declared.has_layers, named_layer, layers)
-            outside = [layer for layer in asked if layer not in chosen]
-            if outside:
-                raise InvalidInput(
-                    f"{declared.name} is at layers {list(chosen)} for this config, not at "
-                    f"{outside}. Ask for those, or change the config.",
-                    kind=ErrorKind.UNKNOWN_LAYER,
-                )
-            chosen = asked
+        chosen = choose_scalar_layers(declared, self.n_layers, config, named_layer, layers)
         # Kept values are rounded to float32; whoever wants more gets them computed.
         kept = {} if dtype == "float64" else self.kept_latents.arrays_of(declared, config)
         return self._tensors.derived(declared, chosen, rows, dtype, config, kept)

@@ -217,6 +217,15 @@ def test_the_container_of_a_prompt_has_the_axes_of_the_scalars(loaded: LoadedMod
         assert np.array_equal(found, expected.layer(layer).numpy())
 
 
+def test_a_container_is_filled_from_a_model(loaded: LoadedModel) -> None:
+    tokens = [4, 8, 15, 16]
+    found = actstore.RawActivationStore.from_model(loaded, tokens, objective=OBJECTIVE)
+    expected = Prompt(loaded, tokens, objective=OBJECTIVE).raw_store
+    assert found.activations.keys() == expected.activations.keys()
+    for key, values in expected.activations.items():
+        assert values == found.activations[key]
+
+
 def test_a_head_without_a_side_says_so(loaded: LoadedModel) -> None:
     prompt = Prompt(loaded, [4, 8, 15, 16], objective=OBJECTIVE)
     head = NodeIndex(NodeType.ATTENTION_HEAD, (2, 1, 0), 1)

@@ -12,11 +12,10 @@ from actstore.query.cache.logits import LogitMethods
 from actstore.query.cache.neurons import NeuronStacks
 from actstore.query.cache.stacks import LayerNormChoice, Stack, invalid
 from actstore.query.cache.view import View
+from actstore.query.columnar import Columnar
 from actstore.store.vocabulary import WeightLocationType
 
 if TYPE_CHECKING:
-    import pandas
-    import polars
     from torch import Tensor
 
 
@@ -28,7 +27,7 @@ _BY = ("layer", "head", "neuron")
 
 
 @dataclass(frozen=True, eq=False)
-class LogitAttribution:
+class LogitAttribution(Columnar):
     """One row per sequence, position and component; their values sum to the logit.
 
     Attributes:
@@ -48,27 +47,9 @@ class LogitAttribution:
     def __repr__(self) -> str:
         return f"LogitAttribution({len(self)} rows: {', '.join(self.table.column_names)})"
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict per row."""
-        rows: list[dict[str, Any]] = self.table.to_pylist()
-        return rows
-
     def to_arrow(self) -> pa.Table:
         """The rows as an Arrow table."""
         return self.table
-
-    def df(self) -> "pandas.DataFrame":
-        """The rows as a pandas data frame; needs pandas."""
-        frame: pandas.DataFrame = self.table.to_pandas()
-        return frame
-
-    def pl(self) -> "polars.DataFrame":
-        """The rows as a polars data frame; needs polars."""
-        import polars
-
-        frame = polars.from_arrow(self.table)
-        assert isinstance(frame, polars.DataFrame)
-        return frame
 
 
 class LogitAttributions(NeuronStacks, LogitMethods):

@@ -39,7 +39,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["SCALARS", "flattened", "head_projection", "lower_triangle"]
+__all__ = [
+    "SCALARS",
+    "flattened",
+    "head_projection",
+    "lower_triangle",
+    "pair_projection",
+    "token_projection",
+]
 
 _L = ActivationLocationType
 _D = Dimension
@@ -110,9 +117,8 @@ def _sum_attended(sources: "Sequence[Tensor]", _: "Sequence[Tensor]", __: Frame)
     return sources[0].sum(1)
 
 
-def _pair_projection(
-    sources: "Sequence[Tensor]", weights: "Sequence[Tensor]", _: Frame
-) -> "Tensor":
+def pair_projection(sources: "Sequence[Tensor]", weights: "Sequence[Tensor]", _: Frame) -> "Tensor":
+    """Pattern, value and direction to ``(token, attended, head)``."""
     import torch
 
     pattern, value, direction = sources
@@ -120,9 +126,10 @@ def _pair_projection(
     return torch.einsum("qhk,khc,qhc->qkh", pattern, value, along)
 
 
-def _token_projection(
+def token_projection(
     sources: "Sequence[Tensor]", weights: "Sequence[Tensor]", _: Frame
 ) -> "Tensor":
+    """Weighted sum of values and direction to ``(token, head)``."""
     import torch
 
     return torch.einsum("qhc,hcd,qd->qh", sources[0], weights[0], sources[1])
@@ -175,7 +182,7 @@ def head_projection(name: str, direction: Direction) -> DerivedScalar:
         sources=(_PATTERN, _VALUE, direction_source(direction)),
         dependence=General(),
         weights=_OUTPUT,
-        formula=_pair_projection,
+        formula=pair_projection,
         about=ABOUT_OF[direction],
     )
 
@@ -298,7 +305,7 @@ SCALARS = (
         sources=(_WEIGHTED_SUM, direction_source(Direction.FINAL_RESIDUAL_GRAD)),
         dependence=General(),
         weights=_OUTPUT,
-        formula=_token_projection,
+        formula=token_projection,
     ),
     head_projection(
         "unflattened_attn_write_to_final_activation_residual_grad",

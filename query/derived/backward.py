@@ -38,6 +38,7 @@ def in_pass(declared: DerivedScalar, pass_type: str) -> DerivedScalar:
         dependence=Identity() if is_raw else General(),
         formula=None if is_raw else gradient.formula or (lambda sources, _, __: sources[0]),
         gradient=None,
+        choose_sources=None,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from actstore.query.derived.backward import in_pass
 from actstore.query.derived.config import DstConfig
 from actstore.query.derived.conformity import conforming
 from actstore.query.derived.declaration import (
@@ -27,7 +28,7 @@ from actstore.query.derived.post_norms import PostNorm, post_norm
 from actstore.query.derived.precedence import Place, precedes
 from actstore.query.derived.reconstitution import gradient_at, traced_activation
 from actstore.query.derived.registry import SCALARS, is_built_in
-from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
+from actstore.store.errors import ErrorKind, Unavailable
 from actstore.store.model.autoencoder_functions import Normalisation
 from actstore.store.model.dimensions import ModelDimensions
 from actstore.store.model.recipes import (
@@ -157,23 +158,17 @@ def evaluate(
         InvalidInput: the config does not fit the scalar, it has no backward value, or the
             formula of a user's own scalar returned something else than it declares.
     """
+    declared = in_pass(declared, pass_type)
     # What is wanted is taken out first where that cannot change a bit: a write vector per
     # token and neuron is a thousand times its source.
     early = rows if declared.row_wise else None
     sources, formula = declared.sources_for(config), declared.formula
-    if pass_type is PassType.BACKWARD:
-        if declared.gradient is None:
-            raise InvalidInput(
-                f"{declared.name} has no backward value; ask for its forward one.",
-                kind=ErrorKind.INVALID_ARGUMENT,
-            )
-        sources, formula = declared.gradient.sources, declared.gradient.formula
     frame = _Frame(declared, values, layer, config)
     tensors = [
         frame.source(source, None if number in declared.whole else early)
         for number, source in enumerate(sources)
     ]
-    if pass_type is PassType.FORWARD and isinstance(declared.dependence, ScaledBy):
+    if isinstance(declared.dependence, ScaledBy):
         import torch
 
         factor = torch.tensor(values.coefficients(declared, layer))

@@ -14,7 +14,7 @@ token's: ``1[latent > 0] encoder[n]`` for a ReLU autoencoder.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from actstore.query.derived.attention import flattened
+from actstore.query.derived.attention import flattened, pair_projection, token_projection
 from actstore.query.derived.config import DstConfig
 from actstore.query.derived.declaration import (
     DerivedScalar,
@@ -31,6 +31,7 @@ from actstore.query.derived.nodes import (
     act_times_grad,
     latent_node,
     projection,
+    times_norm,
     write,
     write_norm,
 )
@@ -106,9 +107,6 @@ def _encode(node_type: NodeType) -> DerivedScalar:
 
 
 def _offline_write_norm(node_type: NodeType, prefix: str) -> DerivedScalar:
-    def norm(sources: "Sequence[Tensor]", weights: "Sequence[Tensor]", _: Frame) -> "Tensor":
-        return sources[0] * weights[0].square().sum(-1).sqrt()
-
     return DerivedScalar(
         name=f"{prefix}autoencoder_write_norm",
         meaning="latent, recomputed, times the L2 norm of its write vector",
@@ -119,7 +117,7 @@ def _offline_write_norm(node_type: NodeType, prefix: str) -> DerivedScalar:
         sources=(Source(f"{prefix}autoencoder_latent"),),
         dependence=General(),
         weights=(LatentWrites(node_type),),
-        formula=norm,
+        formula=times_norm,
         row_wise=True,
         latents=node_type,
     )
@@ -233,22 +231,8 @@ def _gradient_scalar(name: str, *reads: ActivationLocationType) -> DerivedScalar
     )
 
 
-def _pairs_along(sources: "Sequence[Tensor]", weights: "Sequence[Tensor]", _: Frame) -> "Tensor":
-    import torch
-
-    pattern, value, gradient = sources
-    along = torch.einsum("qd,hcd->qhc", gradient, weights[0])
-    return torch.einsum("qhk,khc,qhc->qkh", pattern, value, along)
-
-
 def _sum_heads(sources: "Sequence[Tensor]", _: "Sequence[Tensor]", __: Frame) -> "Tensor":
     return sources[0].sum(-1, keepdim=True)
-
-
-def _tokens_along(sources: "Sequence[Tensor]", weights: "Sequence[Tensor]", _: Frame) -> "Tensor":
-    import torch
-
-    return torch.einsum("qhc,hcd,qd->qh", sources[0], weights[0], sources[1])
 
 
 def _active_encoder(frame: Frame, latents: "Tensor") -> "tuple[Tensor, Tensor]":
@@ -298,7 +282,7 @@ _WRITE_TO_LATENT = DerivedScalar(
     sources=(Source(_L.ATTN_QK_PROBS), Source(_L.ATTN_VALUE), _GRADIENT),
     dependence=General(),
     weights=_OUTPUT,
-    formula=_pairs_along,
+    formula=pair_projection,
     about="trace_config",
     only_node_layer=True,
     latents=_ATTENTION,
@@ -334,7 +318,7 @@ _GRADIENTS = (
         sources=(Source(_L.ATTN_WEIGHTED_SUM_OF_VALUES), _GRADIENT),
         dependence=General(),
         weights=_OUTPUT,
-        formula=_tokens_along,
+        formula=token_projection,
         about="trace_config",
         only_node_layer=True,
         latents=_ATTENTION,

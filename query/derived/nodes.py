@@ -56,6 +56,7 @@ __all__ = [
     "latent_node",
     "masked",
     "projection",
+    "times_norm",
     "write",
     "write_norm",
     "write_sum",
@@ -164,7 +165,7 @@ def write_norm(node: Node) -> DerivedScalar:
         sources=(Source(node.activation),),
         dependence=dependence,
         weights=() if known else (node.writes,),
-        formula=None if known else _times_norm,
+        formula=None if known else times_norm,
         row_wise=True,
         latents=node.latents,
     )
@@ -284,7 +285,8 @@ def times(sources: "Sequence[Tensor]", _: "Sequence[Tensor]", __: Frame) -> "Ten
     return sources[0] * sources[1]
 
 
-def _times_norm(sources: "Sequence[Tensor]", weights: "Sequence[Tensor]", _: Frame) -> "Tensor":
+def times_norm(sources: "Sequence[Tensor]", weights: "Sequence[Tensor]", _: Frame) -> "Tensor":
+    """A source times the L2 norms of the rows of a weight."""
     return sources[0] * weights[0].square().sum(-1).sqrt()
 
 

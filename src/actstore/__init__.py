@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from actstore.ingest.estimate import Estimate
     from actstore.ingest.objectives import Objective
     from actstore.ingest.preparation import Corpus
-    from actstore.prompt import Prompt
+    from actstore.prompt import Prompt, RawActivationStore
     from actstore.query.derived.config import DstConfig
     from actstore.query.derived.declaration import DerivedScalar
     from actstore.query.derived.loading import load_scalars
@@ -80,6 +80,7 @@ __all__ = [
     "NotAStore",
     "PreOrPostAct",
     "Prompt",
+    "RawActivationStore",
     "Store",
     "StoreConflict",
     "StoreDamaged",
@@ -371,6 +372,7 @@ _LAZY = {
     "NodeType": "actstore.store.vocabulary",
     "PreOrPostAct": "actstore.store.nodes",
     "Prompt": "actstore.prompt",
+    "RawActivationStore": "actstore.prompt",
     "Store": "actstore.query.session",
     "TraceConfig": "actstore.store.nodes",
     "derived_scalar": "actstore.query.derived.naming",

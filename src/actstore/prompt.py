@@ -10,7 +10,7 @@ scalars are those of a store, computed by the same code.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
@@ -18,13 +18,13 @@ from actstore.ingest.live_pass import LivePass, run_pass
 from actstore.ingest.model import LoadedModel, load_model
 from actstore.ingest.objectives import Objective, parse_objective
 from actstore.ingest.tokenization import resolve_bos
+from actstore.query import raw_store
 from actstore.query.cache import ActivationCache, PassBatch, View
 from actstore.query.derived import DerivedScalar, parse_scalar
 from actstore.query.derived.config import DstConfig
-from actstore.query.derived.evaluation import evaluate, layers_of
+from actstore.query.derived.evaluation import evaluate
 from actstore.query.pass_values import PassValues
-from actstore.query.raw_store import RawActivationStore
-from actstore.query.reading import choose_layers, torch_dtype
+from actstore.query.reading import choose_layers, choose_scalar_layers, torch_dtype
 from actstore.query.rows import Rows
 from actstore.query.tensors import LabelledTensor, LabelledTensors
 from actstore.store.errors import ErrorKind, InvalidInput
@@ -37,7 +37,7 @@ from actstore.store.vocabulary import ActivationLocationType, PassType
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Prompt"]
+__all__ = ["Prompt", "RawActivationStore"]
 
 Layers = int | Iterable[int] | None
 
@@ -118,7 +118,7 @@ class Prompt:
         return PassValues(held, self._loaded.weights())
 
     @cached_property
-    def raw_store(self) -> RawActivationStore:
+    def raw_store(self) -> "RawActivationStore":
         """The recorded values as a container; pairs are ``(token, attended, head)``."""
         nested: dict[tuple[ActivationLocationType, PassType], dict[int | None, Tensor]] = {}
         for (location, pass_type, layer), tensor in self._pass.values.items():
@@ -239,16 +239,7 @@ class Prompt:
     ) -> LabelledTensor:
         declared, named = (name, None) if isinstance(name, DerivedScalar) else parse_scalar(name)
         count = self.values.dimensions.n_layers
-        chosen: Sequence[int | None] = layers_of(declared, count, config)
-        if layers is not None or named is not None:
-            asked = choose_layers(declared.name, declared.has_layers, count, named, layers)
-            outside = [layer for layer in asked if layer not in chosen]
-            if outside:
-                raise InvalidInput(
-                    f"{declared.name} is at layers {list(chosen)} here, not at {outside}.",
-                    kind=ErrorKind.UNKNOWN_LAYER,
-                )
-            chosen = asked
+        chosen = choose_scalar_layers(declared, count, config, named, layers)
         tensors = [
             evaluate(declared, self.values, layer, config=config, pass_type=pass_type)
             for layer in chosen
@@ -340,6 +331,21 @@ class Prompt:
     def __repr__(self) -> str:
         value = "" if self.objective_value is None else f", objective {self.objective_value:.6g}"
         return f"<Prompt: {len(self.token_ids)} tokens through {self._loaded.name}{value}>"
+
+
+class RawActivationStore(raw_store.RawActivationStore):
+    """The container of what one pass recorded, which a model can fill."""
+
+    @classmethod
+    def from_model(cls, model: Any, prompt: str | Sequence[int], **options: Any) -> Self:
+        """Run a model over a prompt and keep everything it recorded.
+
+        Args:
+            model: as for :class:`Prompt`.
+            prompt: a text, or token ids.
+            options: those of :class:`Prompt`: objective, trace, ablations, autoencoders …
+        """
+        return cls(Prompt(model, prompt, **options).raw_store.activations)
 
 
 def _location(name: str) -> tuple[ActivationLocationType, int | None]:
