@@ -41,6 +41,8 @@ class ErrorKind(StrEnum):
     UNKNOWN_UNIT = "unknown_unit"
     UNKNOWN_ROW = "unknown_row"
     INVALID_SQL = "invalid_sql"
+    SQL_TIMEOUT = "sql_timeout"
+    SQL_TOO_LARGE = "sql_too_large"
     EMPTY_CORPUS = "empty_corpus"
     INVALID_CORPUS = "invalid_corpus"
     TOKEN_OUT_OF_VOCABULARY = "token_out_of_vocabulary"

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from actstore.store.compression import MISSING_CHUNK, ZSTD_LEVEL
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.records import canonical_json
+from actstore.store.unit_grid import PAGE_ROWS, UnitGrid
 from actstore.store.vocabulary import ActivationLocationType, Dimension, PassType
 
 __all__ = [
@@ -34,9 +35,6 @@ __all__ = [
     "group_metadata",
     "token_id_metadata",
 ]
-
-PAGE_ROWS = 512
-"""Token rows under one zone-map entry."""
 
 _COLUMN_CHUNK = 32
 _NODE_CHUNK_ROWS = 4096
@@ -88,7 +86,7 @@ class StoredDtype(StrEnum):
 
 
 @dataclass(frozen=True)
-class ArraySpec:
+class ArraySpec(UnitGrid):
     """One array of the store, ``(layer, token, *unit_shape)``.
 
     Attributes:
@@ -139,20 +137,15 @@ class ArraySpec:
             )
 
     @property
+    def label(self) -> str:
+        """The location's name."""
+        return self.location.label
+
+    @property
     def key(self) -> str:
         """``<location>/<pass>[@<variant>]``: the path below ``arrays/`` and ``zones/``."""
         variant = f"@{self.variant}" if self.variant else ""
         return f"{self.location}/{self.pass_type}{variant}"
-
-    @property
-    def columns(self) -> int:
-        """Values per token and layer."""
-        return math.prod(self.unit_shape)
-
-    @property
-    def layer_count(self) -> int:
-        """Number of tensors: 1 for a place outside the blocks."""
-        return 1 if self.layers is None else self.layers
 
     @property
     def has_zones(self) -> bool:
@@ -180,16 +173,6 @@ class ArraySpec:
         return _COLUMN_CHUNK if self.has_zones else self.columns
 
     @property
-    def row_chunks(self) -> int:
-        """Inner chunks along the tokens of a segment."""
-        return self.segment_rows // self.chunk_rows
-
-    @property
-    def column_chunks(self) -> int:
-        """Inner chunks along the columns."""
-        return -(-self.columns // self.chunk_width)
-
-    @property
     def chunk_bytes(self) -> int:
         """Size of an inner chunk."""
         return self.chunk_rows * self.chunk_width * self.dtype.storage.itemsize
@@ -212,11 +195,6 @@ class ArraySpec:
         """Shards of one segment."""
         return -(-self.layer_count // self.layers_per_shard)
 
-    @property
-    def pages(self) -> int:
-        """Pages of a segment."""
-        return self.segment_rows // PAGE_ROWS
-
     def shard_layers(self, shard: int) -> range:
         """The layers in shard number ``shard`` of a segment."""
         first = shard * self.layers_per_shard
@@ -227,14 +205,6 @@ class ArraySpec:
         layer = [] if self.layers is None else [shard]
         indices = [*layer, segment, *(0 for _ in self.unit_shape)]
         return f"arrays/{self.key}/c.{'.'.join(map(str, indices))}"
-
-    def zone_path(self, segment: int) -> str:
-        """The path of the segment's zone maps, lists, statistics and block checksums."""
-        return f"zones/{self.key}/{segment:06d}.sections"
-
-    def present_row_chunks(self, rows: int) -> int:
-        """Chunks along the tokens that hold a filled row; the others are left out."""
-        return -(-rows // self.chunk_rows)
 
     def shard_bytes(self, shard: int, rows: int) -> int:
         """Size of a shard file with ``rows`` filled rows; the most it can be if compressed."""
