@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from actstore.query.bounds import derived_value
+from actstore.query.choices import allowed_rows
 from actstore.query.derived import DerivedScalar
-from actstore.query.planner import scaled_array
+from actstore.query.questions import require_distinct
 from actstore.query.results import Certificate
+from actstore.query.scored import score
 from actstore.query.selection import RowSelection
-from actstore.query.topk import allowed_rows, require_distinct, topk
+from actstore.query.topk import topk
+from actstore.query.value_readers import ValueReader
 from actstore.store.errors import ErrorKind, InvalidInput
 
 if TYPE_CHECKING:
@@ -202,8 +204,9 @@ def examples(
             f"kind is {kind!r}; use top, bottom, random or quantile.",
             kind=ErrorKind.INVALID_ARGUMENT,
         )
+    values = score(store, declared, few_units=True).values
     rows = tuple(
-        _window(store, declared, layer, column, int(token), share, window)
+        _window(store, values, layer, column, int(token), share, window)
         for token, share in zip(tokens, shares, strict=True)
     )
     return Examples(tuple(unit), kind, rows, certificate)
@@ -225,30 +228,20 @@ def unit_values(
     """Every allowed value of one unit that is not NaN, with its row, by row."""
     reader = store.reader
     rows = RowSelection(reader, allowed_rows(store, where), special)
-    source = scaled_array(store, declared)
+    found = score(store, declared, few_units=True).values
+    chunk, inside = divmod(column, found.chunk_width)
     latents = store.latent_arrays(declared).get(layer)
     values: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)]
     tokens: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     for segment in rows.segments(reader.segments):
         length = reader.commits["base"][segment].rows
         allowed = np.flatnonzero(rows.allowed(segment, length))
-        if source is not None:
-            spec = source.array.spec
-            chunk, inside = divmod(column, spec.chunk_width)
-            raw = source.array.reader.window(segment, layer, 0, length, [chunk])[:, inside]
-            value = derived_value(spec.dtype.to_float32(raw), source.coefficients(layer)[column])
-        elif latents is not None and segment in latents.segments:
+        if latents is not None and segment in latents.segments:
             value = np.zeros(length, np.float32)
-            places, found = latents.by_latent(segment, column)
-            value[places] = found
+            places, kept_values = latents.by_latent(segment, column)
+            value[places] = kept_values
         else:
-            plan = reader.segment(segment)
-            value = np.concatenate(
-                [
-                    store.derive_window(declared, plan.first_sequence + index, layer)[:, column]
-                    for index in range(plan.n_sequences)
-                ]
-            )
+            value = found.block(segment, layer, 0, length, [chunk])[:, inside]
         kept = allowed[~np.isnan(value[allowed])]
         values.append(value[kept])
         tokens.append(kept + segment * reader.segment_rows)
@@ -305,7 +298,7 @@ def _labels(store: "Store", tokens: npt.NDArray[np.int64], distinct: str) -> npt
 
 def _window(
     store: "Store",
-    declared: DerivedScalar,
+    found: ValueReader,
     layer: int,
     column: int,
     token: int,
@@ -319,18 +312,9 @@ def _window(
     first = int(plan.first_token[index])
     last = first + int(plan.length[index])
     start, stop = max(first, token - window[0]), min(last, token + window[1] + 1)
-    source = scaled_array(store, declared)
-    if source is not None:
-        spec = source.array.spec
-        chunk, inside = divmod(column, spec.chunk_width)
-        base = segment * reader.segment_rows
-        raw = source.array.reader.window(segment, layer, start - base, stop - base, [chunk])
-        values = derived_value(
-            spec.dtype.to_float32(raw[:, inside]), source.coefficients(layer)[column]
-        )
-    else:
-        whole = store.derive_window(declared, plan.first_sequence + index, layer)
-        values = whole[start - first : stop - first, column]
+    chunk, inside = divmod(column, found.chunk_width)
+    base = segment * reader.segment_rows
+    values = found.block(segment, layer, start - base, stop - base, [chunk])[:, inside]
     texts = store.texts(plan.token_ids[start - plan.first_row : stop - plan.first_row])
     return Example(
         token=token,

@@ -22,7 +22,7 @@ from actstore.query.sources import Sources
 from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
 from actstore.store.index import UnitIndex, open_unit_index
 from actstore.store.latent_reader import LatentArray
-from actstore.store.reader import StoredArray, StoreReader
+from actstore.store.reader import DescribedUnits, StoreReader
 from actstore.store.vocabulary import Dimension
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class OpenStore:
         layers = tuple(range(self.layer_count(declared)))
         known = declared.layers
         if known is None and declared.latents is not None and not declared.only_node_layer:
-            found = layers_of(declared, self.n_layers, self._config_of(declared))
+            found = layers_of(declared, self.n_layers, self.config_of(declared))
             known = tuple(layer for layer in found if layer is not None)
         return layers if known is None else tuple(layer for layer in layers if layer in known)
 
@@ -175,15 +175,20 @@ class OpenStore:
         Raises:
             InvalidInput: it is of latents, and the store has no such autoencoders, or several.
         """
-        latents = latent_columns(declared, self._config_of(declared))
+        latents = latent_columns(declared, self.config_of(declared))
         return self.sources.unit_shape(declared.ranked_axes, latents=latents)
 
-    def _config_of(self, declared: DerivedScalar) -> DstConfig:
+    def config_of(self, declared: DerivedScalar) -> DstConfig:
+        """The store's own autoencoders, for a scalar that speaks of some.
+
+        Raises:
+            InvalidInput: several sets have such autoencoders of one layer, or of two locations.
+        """
         return self.kept_latents.config_for(declared, PLAIN)
 
     def latent_set_names(self, declared: DerivedScalar) -> tuple[str, ...]:
         """The sets of latents that a scalar speaks of; none of one that is not of latents."""
-        config = self._config_of(declared)
+        config = self.config_of(declared)
         if declared.latents is None or config.autoencoders is None:
             return ()
         found = self.kept_latents.matching(config.family(declared.latents))
@@ -191,7 +196,7 @@ class OpenStore:
 
     def latent_arrays(self, declared: DerivedScalar) -> dict[int, LatentArray]:
         """Layer -> kept values of a scalar of the store's own autoencoders; empty if none are."""
-        return self.kept_latents.arrays_of(declared, self._config_of(declared))
+        return self.kept_latents.arrays_of(declared, self.config_of(declared))
 
     def derive_window(
         self, declared: DerivedScalar, sequence: int, layer: int
@@ -227,7 +232,7 @@ class OpenStore:
                 declared,
                 values,
                 layer if declared.has_layers else None,
-                config=self._config_of(declared),
+                config=self.config_of(declared),
             )
             value = value.to(torch.float32)
         if Dimension.LATENT in declared.axes:
@@ -242,8 +247,8 @@ class OpenStore:
         """Where a scalar's values come from, for people."""
         return self.sources.describe_scalar(declared)
 
-    def unit_index(self, array: StoredArray) -> UnitIndex:
-        """The lists and zone maps of a stored array, opened once."""
+    def unit_index(self, array: DescribedUnits) -> UnitIndex:
+        """The lists and zone maps of a stored array, or of an index, opened once."""
         if array.spec.key not in self._indexes:
             self._indexes[array.spec.key] = open_unit_index(self.reader, array)
         return self._indexes[array.spec.key]

@@ -20,6 +20,7 @@ class Certificate:
         scalar: the derived scalar's name.
         plan: ``lists``, ``column``, ``rows``, ``lists+bounds``, ``bounds`` or ``scan``.
         source: where the values came from: ``stored``, ``reconstructed``.
+        bounded_by: what told where values can be: a zone map, an index, an interval, nothing.
         pages_read: pages of 512 rows x one unit that were read; of kept latents, latents of
             one segment.
         pages_pruned: pages that their bounds ruled out.
@@ -34,6 +35,7 @@ class Certificate:
     scalar: str
     plan: str
     source: str
+    bounded_by: str
     pages_read: int
     pages_pruned: int
     cells_scanned: int

@@ -1,4 +1,4 @@
-"""Exact search for the k best values of a scaled array: lists, then branch and bound.
+"""Exact search for the k best of bounded values: lists, then branch and bound.
 
 The proof of exactness, in short. Cells (a page of rows of one unit) carry an upper
 bound of their score. They are visited by bound descending, then place ascending, and
@@ -6,47 +6,31 @@ the k best elements seen are kept. The first cell that cannot beat the k-th best
 value or by place at equal value, ends the search: every later cell has a lower bound,
 or the same bound and a later place. Lists shorten this: an element outside the proven
 part of a unit's list ranks after its last proven entry.
+
+Cells are taken a batch at a time, so that a cold disk sees all of a batch's reads at once; what
+a batch holds too much is announced and not read.
 """
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from actstore.query.bounds import derived_value, score_bounds
 from actstore.query.ranking import Candidates, Ranking
 from actstore.query.selection import RowSelection, UnitSelection
-from actstore.store.index import UnitIndex
-from actstore.store.keys import key_values
-from actstore.store.layout import PAGE_ROWS
-from actstore.store.reader import StoredArray
+from actstore.query.zoned import Bounds, ZonedValues
+from actstore.store.unit_grid import PAGE_ROWS
 
-if TYPE_CHECKING:
-    from actstore.store.unit_lists import Tail
-
-__all__ = ["Effort", "ScaledArray", "Window", "search_bounds", "search_lists", "search_windows"]
+__all__ = ["Effort", "Window", "search_bounds", "search_lists", "search_windows"]
 
 _KEPT_BLOCKS = 64
-
-
-@dataclass(frozen=True)
-class ScaledArray:
-    """A derived scalar that is a raw array times a coefficient per unit.
-
-    Attributes:
-        array: the stored raw array.
-        index: its lists and zone maps.
-        coefficients: layer -> float64 ``(unit,)``.
-    """
-
-    array: StoredArray
-    index: UnitIndex
-    coefficients: Callable[[int], npt.NDArray[np.float64]]
+_LEAST_BATCH = 4
+_LARGEST_BATCH = 32
 
 
 @dataclass
@@ -59,76 +43,77 @@ class Effort:
 
 
 def search_lists(
-    source: ScaledArray, units: UnitSelection, rows: RowSelection, ranking: Ranking
+    source: ZonedValues, units: UnitSelection, rows: RowSelection, ranking: Ranking
 ) -> dict[int, npt.NDArray[np.int64]]:
-    """Offer the proven entries of the units' lists.
+    """Offer the entries of the units' lists.
 
     Returns:
         layer -> the units whose unseen elements might still enter; empty when the ranking
         is the answer.
     """
-    dtype = source.array.spec.dtype
-    ends: list[
-        tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.bool_]]
-    ] = []
+    ends: list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = []
+    bounds: list[npt.NDArray[np.float32]] = []
     for layer in units.layers:
         chosen = units.of(layer)
         if not len(chosen):
             continue
-        c = source.coefficients(layer)[chosen]
-        upward = (c >= 0) == ranking.largest
-        end = np.full(len(chosen), np.inf, np.float32)
-        complete = np.zeros(len(chosen), bool)
-        tails: tuple[tuple[Tail, npt.NDArray[np.bool_]], ...] = (("top", upward), ("low", ~upward))
-        for tail, members in tails:
-            picked = np.flatnonzero(members)
-            if not len(picked):
-                continue
-            lists = source.index.layer_lists(layer, tail, chosen[picked])
-            if not lists.keys.shape[1]:
-                continue
-            value = derived_value(key_values(lists.keys, dtype), c[picked, None])
-            # Entries beyond the proven depth are values of the unit all the same.
-            exists = lists.rows >= 0
-            allowed = exists & rows.contains(lists.rows.reshape(-1)).reshape(lists.rows.shape)
-            unit, rank = np.nonzero(allowed)
-            ranking.offer(
-                Candidates(
-                    value[unit, rank],
-                    np.full(len(unit), layer, np.int64),
-                    lists.rows[unit, rank].astype(np.int64),
-                    chosen[picked[unit]],
-                )
+        lists = source.lists(layer, chosen, ranking.largest)
+        if lists is None:
+            ends.append((layer, chosen, np.zeros(len(chosen), bool)))
+            bounds.append(np.full(len(chosen), np.inf, np.float32))
+            continue
+        # Entries beyond the proven depth are values of the unit all the same.
+        exists = lists.rows >= 0
+        allowed = exists & rows.contains(lists.rows.reshape(-1)).reshape(lists.rows.shape)
+        unit, rank = np.nonzero(allowed)
+        ranking.offer(
+            Candidates(
+                lists.values[unit, rank],
+                np.full(len(unit), layer, np.int64),
+                lists.rows[unit, rank],
+                chosen[unit],
             )
-            last = np.maximum(lists.proven - 1, 0)
-            last_value = value[np.arange(len(picked)), last]
-            score = last_value if ranking.largest else -last_value
-            score = np.where(c[picked] == 0, np.float32(0), score)
-            end[picked] = np.where(np.isnan(score) | (lists.proven == 0), np.float32(np.inf), score)
-            # A list that holds every value of its unit leaves nothing unseen.
-            complete[picked] = lists.complete
-        ends.append((layer, chosen, end, complete))
+        )
+        ends.append((layer, chosen, lists.complete))
+        bounds.append(lists.bound)
     open_units = {}
-    for layer, chosen, end, complete in ends:
-        still = (end >= ranking.threshold) & ~complete
+    for (layer, chosen, complete), bound in zip(ends, bounds, strict=True):
+        # A list that holds every value of its unit leaves nothing unseen.
+        still = (bound >= ranking.threshold) & ~complete
         if rows.special or still.any():
             open_units[layer] = chosen if rows.special else chosen[still]
     return open_units
 
 
 def search_bounds(
-    source: ScaledArray,
+    source: ZonedValues,
     units: UnitSelection,
     rows: RowSelection,
     ranking: Ranking,
     effort: Effort,
-) -> None:
-    """Branch and bound over segments, then pages; leaves the exact answer in ``ranking``."""
+    max_share: float | None = None,
+) -> bool:
+    """Branch and bound over segments, then pages; leaves the exact answer in ``ranking``.
+
+    Args:
+        source: the values.
+        units: units that may answer.
+        rows: rows that may answer.
+        ranking: changed.
+        effort: told what was done.
+        max_share: give up once this share of a layer's pages has been read; None never.
+
+    Returns:
+        Whether the search came to its end; else the ranking holds good answers, not all.
+    """
     for layer in units.layers:
         chosen = units.of(layer)
-        if len(chosen):
-            _LayerSearch(source, layer, chosen, rows, ranking, effort).run()
+        if len(chosen) and not _LayerSearch(source, layer, chosen, rows, ranking, effort).run(
+            max_share
+        ):
+            return False
     effort.bound = ranking.threshold
+    return True
 
 
 class _Kind(IntEnum):
@@ -154,143 +139,162 @@ class _LayerSearch:
 
     def __init__(
         self,
-        source: ScaledArray,
+        source: ZonedValues,
         layer: int,
         units: npt.NDArray[np.int64],
         rows: RowSelection,
         ranking: Ranking,
         effort: Effort,
     ) -> None:
-        self._array = source.array
-        self._spec = source.array.spec
+        self._source = source
+        self._reader = source.reader
+        self._width = source.reader.chunk_width
         self._layer = layer
         self._units = units
         self._rows = rows
         self._ranking = ranking
         self._effort = effort
-        self._coefficients = source.coefficients(layer)[units]
-        self._bounds = source.index.segment_bounds(layer, units)
-        indexed = set(self._bounds.segments)
-        self._segments = [s for s in rows.segments(self._array.segments) if s in indexed]
+        indexed = set(source.segments)
+        self._segments = [s for s in rows.segments(source.segments) if s in indexed]
         # Without a predicate a page's own zone says whether it holds an ordinary row.
         restricted = self._segments if rows.rows is not None else []
-        self._pages = {s: rows.pages(s, self._array.rows_of(s)) for s in restricted}
+        self._pages = {s: rows.pages(s, source.rows_of(s)) for s in restricted}
         self._blocks: OrderedDict[tuple[int, int, int], npt.NDArray[np.float32]] = OrderedDict()
-        effort.pages_total += len(units) * sum(
-            int(self._pages[s].sum())
-            if s in self._pages
-            else -(-self._array.rows_of(s) // PAGE_ROWS)
+        self._batch = min(max(ranking.k, _LEAST_BATCH), _LARGEST_BATCH)
+        self._total = len(units) * sum(
+            int(self._pages[s].sum()) if s in self._pages else -(-source.rows_of(s) // PAGE_ROWS)
             for s in self._segments
         )
+        effort.pages_total += self._total
 
-    def run(self) -> None:
-        """Visit nodes by bound until none can enter the ranking."""
+    def run(self, max_share: float | None) -> bool:
+        """Visit nodes by bound until none can enter the ranking; whether it came so far."""
         nodes = self._first_nodes()
         heapq.heapify(nodes)
-        while nodes:
-            node = heapq.heappop(nodes)
-            unit = int(self._units[node.position])
-            if not self._ranking.beats(-node.negative_bound, self._layer, node.token, unit):
-                # Nodes come by (bound, token, unit), as answers rank within a layer.
-                return
-            if node.kind is _Kind.SEGMENT:
-                for page in self._page_nodes(node, unit):
-                    heapq.heappush(nodes, page)
-            else:
+        limit = None if max_share is None else max(1, int(max_share * self._total))
+        read = 0
+        while batch := self._next_batch(nodes):
+            if any(node.kind is _Kind.SEGMENT for node in batch):
+                for node in batch:
+                    if node.kind is _Kind.SEGMENT:
+                        nodes.extend(self._page_nodes(node))
+                    else:
+                        nodes.append(node)
+                heapq.heapify(nodes)
+                continue
+            self._announce(batch)
+            for node in batch:
+                if not self._may_enter(node):
+                    # Nodes come by (bound, token, unit), as answers rank within a layer.
+                    return True
+                if limit is not None and read >= limit:
+                    return False
+                read += 1
                 self._effort.pages_read += 1
-                raw, offsets = self._read(node, unit)
+                unit = int(self._units[node.position])
+                values, offsets = self._read(node, unit)
                 self._ranking.offer(
                     Candidates(
-                        derived_value(raw, self._coefficients[node.position]),
-                        np.full(len(raw), self._layer, np.int64),
-                        node.segment * self._spec.segment_rows + offsets,
-                        np.full(len(raw), unit, np.int64),
+                        values,
+                        np.full(len(values), self._layer, np.int64),
+                        node.segment * self._source.segment_rows + offsets,
+                        np.full(len(values), unit, np.int64),
                     )
                 )
+        return True
+
+    def _may_enter(self, node: _Node) -> bool:
+        unit = int(self._units[node.position])
+        return self._ranking.beats(-node.negative_bound, self._layer, node.token, unit)
+
+    def _next_batch(self, nodes: list[_Node]) -> list[_Node]:
+        """The next nodes that may enter the ranking as it is now."""
+        batch: list[_Node] = []
+        while nodes and len(batch) < self._batch and self._may_enter(nodes[0]):
+            batch.append(heapq.heappop(nodes))
+        return batch
+
+    def _announce(self, batch: Sequence[_Node]) -> None:
+        """Let the disk see all of a batch's pages at once."""
+        if len(batch) < 2:
+            return
+        for node in sorted(batch, key=lambda one: (one.segment, one.token)):
+            if node.kind is _Kind.PAGE:
+                start, stop = self._extent(node)
+                chunk = int(self._units[node.position]) // self._width
+                if (node.segment, start, chunk) not in self._blocks:
+                    self._reader.prefetch(node.segment, self._layer, start, stop, [chunk])
 
     def _first_nodes(self) -> list[_Node]:
-        bounds = self._bounds
-        place = {segment: number for number, segment in enumerate(bounds.segments)}
+        place = {segment: number for number, segment in enumerate(self._source.segments)}
         columns = np.array([place[segment] for segment in self._segments], np.int64)
         numbers = np.array(self._segments, np.int64)
-        tables = [(_Kind.SEGMENT, bounds.maximum, bounds.minimum)]
-        if self._rows.special:
-            tables.append((_Kind.SPECIAL_ROWS, bounds.special_maximum, bounds.special_minimum))
+        kinds = [_Kind.SEGMENT, *([_Kind.SPECIAL_ROWS] if self._rows.special else [])]
         nodes: list[_Node] = []
-        for kind, maximum, minimum in tables:
-            high, low = maximum[:, columns], minimum[:, columns]
-            score = self._score(high, low, self._coefficients)
+        for kind in kinds:
+            bounds = self._source.segment_bounds(
+                self._layer, self._units, kind is _Kind.SPECIAL_ROWS
+            )
+            score = self._scores(bounds)[:, columns]
             # Empty is a property of the zone: minus infinity is a score like any other.
-            position, column = np.nonzero((score >= self._ranking.threshold) & (high >= low))
+            reached = (score >= self._ranking.threshold) & bounds.filled[:, columns]
+            position, column = np.nonzero(reached)
             nodes += map(
                 _Node,
                 (-score[position, column]).tolist(),
-                (numbers[column] * self._spec.segment_rows).tolist(),
+                (numbers[column] * self._source.segment_rows).tolist(),
                 position.tolist(),
                 [kind] * len(position),
                 numbers[column].tolist(),
             )
         return nodes
 
-    def _page_nodes(self, node: _Node, unit: int) -> Iterator[_Node]:
-        zones = self._array.zones(node.segment)
-        high = zones.row("page_max", self._layer, unit)
-        low = zones.row("page_min", self._layer, unit)
-        coefficient = self._coefficients[node.position : node.position + 1]
-        score = self._score(high[None], low[None], coefficient)[0]
-        filled = high >= low
+    def _page_nodes(self, node: _Node) -> Iterator[_Node]:
+        unit = int(self._units[node.position])
+        bounds = self._source.page_bounds(node.segment, self._layer, unit)
+        score, filled = self._scores(bounds)[0], bounds.filled[0]
         if node.segment in self._pages:
             allowed = self._pages[node.segment]
             filled[: len(allowed)] &= allowed
-        for page in np.flatnonzero(filled).tolist():
+        for page in np.flatnonzero(filled & (score >= self._ranking.threshold)).tolist():
             first = node.token + page * PAGE_ROWS
             if self._ranking.beats(float(score[page]), self._layer, first, unit):
                 yield _Node(-float(score[page]), first, node.position, _Kind.PAGE, node.segment)
 
+    def _extent(self, node: _Node) -> tuple[int, int]:
+        """A page's rows within its segment."""
+        start = node.token - node.segment * self._source.segment_rows
+        return start, min(start + PAGE_ROWS, self._source.rows_of(node.segment))
+
     def _read(
         self, node: _Node, unit: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Raw float32 values of a node's allowed rows, and those rows within the segment."""
-        spec, segment = self._spec, node.segment
-        length = self._array.rows_of(segment)
+        """Values of a node's allowed rows, and those rows within the segment."""
+        segment = node.segment
+        length = self._source.rows_of(segment)
         special = self._rows.special_rows(segment)
         within = self._rows.within(segment, length)
         if node.kind is _Kind.SPECIAL_ROWS:
             offsets = np.flatnonzero(special & within)
-            stored = self._array.reader.cells(segment, self._layer, offsets, unit)
-            return spec.dtype.to_float32(stored), offsets
-        start = node.token - segment * spec.segment_rows
-        stop = min(start + PAGE_ROWS, length)
-        chunk, inside = divmod(unit, spec.chunk_width)
+            return self._reader.cells(segment, self._layer, offsets, unit), offsets
+        start, stop = self._extent(node)
+        chunk, inside = divmod(unit, self._width)
         block = self._block(segment, start, stop, chunk)
         mask = (within & ~special)[start:stop]
         return block[mask, inside], start + np.flatnonzero(mask)
 
     def _block(self, segment: int, start: int, stop: int, chunk: int) -> npt.NDArray[np.float32]:
-        """A page's rows of 32 units: what one read costs, kept for its other units."""
+        """A page's rows of a chunk of units: what one read costs, kept for its other units."""
         key = (segment, start, chunk)
         if key not in self._blocks:
             if len(self._blocks) >= _KEPT_BLOCKS:
                 self._blocks.popitem(last=False)
-            stored = self._array.reader.window(segment, self._layer, start, stop, [chunk])
-            self._blocks[key] = self._spec.dtype.to_float32(stored)
+            self._blocks[key] = self._reader.block(segment, self._layer, start, stop, [chunk])
         return self._blocks[key]
 
-    def _score(
-        self,
-        maximum: npt.NDArray[np.signedinteger],
-        minimum: npt.NDArray[np.signedinteger],
-        coefficient: npt.NDArray[np.float64],
-    ) -> npt.NDArray[np.float32]:
-        """Bounds on the score of zones, given the keys of their extremes."""
-        dtype = self._spec.dtype
-        empty = maximum < minimum
-        return score_bounds(
-            key_values(np.where(empty, 0, maximum), dtype),
-            key_values(np.where(empty, 0, minimum), dtype),
-            coefficient,
-            self._ranking.largest,
-        )
+    def _scores(self, bounds: Bounds) -> npt.NDArray[np.float32]:
+        # Adding zero turns -0.0 into 0.0: at equal value the place decides.
+        return bounds.scores(self._ranking.largest) + np.float32(0)
 
 
 Window = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from actstore.store.index_file import ByteCache, Units, array_coverage, newest_index_file
 from actstore.store.index_fold import LayerIndex, Moments, fold_layer, fold_moments
-from actstore.store.layout import ArraySpec
-from actstore.store.reader import StoredArray, StoreReader
+from actstore.store.reader import DescribedUnits, StoreReader
 from actstore.store.statistics import UnitStatistics
+from actstore.store.unit_grid import UnitGrid
 from actstore.store.unit_lists import Tail, UnitLists, join_lists
 
 __all__ = ["SegmentBounds", "UnitIndex", "open_unit_index"]
@@ -65,7 +65,7 @@ class UnitIndex:
     """
 
     def __init__(
-        self, spec: ArraySpec, sources: list[_Source], moments: Callable[[int], Moments]
+        self, spec: UnitGrid, sources: list[_Source], moments: Callable[[int], Moments]
     ) -> None:
         self.spec = spec
         self._moments = moments
@@ -127,7 +127,7 @@ class UnitIndex:
         return UnitStatistics.from_moments(moments, counts)
 
 
-def open_unit_index(reader: StoreReader, array: StoredArray) -> UnitIndex:
+def open_unit_index(reader: StoreReader, array: DescribedUnits) -> UnitIndex:
     """The index of an array over the segments that the reader sees.
 
     The compacted file that covers most of them is used; the rest is folded from zone
@@ -155,7 +155,7 @@ def open_unit_index(reader: StoreReader, array: StoredArray) -> UnitIndex:
 class _Fold:
     """Segments that no compacted file covers, folded when a layer is asked for."""
 
-    def __init__(self, array: StoredArray, segments: list[int]) -> None:
+    def __init__(self, array: DescribedUnits, segments: list[int]) -> None:
         self._array = array
         self.segments = segments
         self._cache = ByteCache()
@@ -181,7 +181,7 @@ class _Fold:
         return self._cache.get(str(layer), lambda: fold_layer(self._array, self.segments, layer))
 
 
-def _no_lists(spec: ArraySpec, units: int) -> UnitLists:
+def _no_lists(spec: UnitGrid, units: int) -> UnitLists:
     return UnitLists(
         np.empty((units, 0), spec.dtype.keys),
         np.empty((units, 0), np.int64),

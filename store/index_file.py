@@ -32,10 +32,10 @@ from actstore.store.blobs import TEMPORARY_MARK
 from actstore.store.coverage import Coverage
 from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.index_fold import LayerIndex, Moments, fold_layer, list_depth
-from actstore.store.layout import ArraySpec
-from actstore.store.reader import StoredArray, StoreReader
+from actstore.store.reader import DescribedUnits, StoreReader
 from actstore.store.records import well_formed
 from actstore.store.sections import SectionFile, encode_sections
+from actstore.store.unit_grid import UnitGrid
 from actstore.store.unit_lists import NO_ROW, TAILS, Tail, UnitLists
 
 __all__ = [
@@ -71,7 +71,7 @@ class IndexFile:
         StoreDamaged: the file is missing, or not the index of that array and coverage.
     """
 
-    def __init__(self, root: Path, path: str, spec: ArraySpec) -> None:
+    def __init__(self, root: Path, path: str, spec: UnitGrid) -> None:
         self.path = path
         self._file = SectionFile(root / path, path)
         attributes = self._file.attributes
@@ -133,7 +133,7 @@ class IndexFile:
         return whole if units is None else whole[units]
 
 
-def publish_index(reader: StoreReader, array: StoredArray) -> str | None:
+def publish_index(reader: StoreReader, array: DescribedUnits) -> str | None:
     """Write the compacted index of an array over the segments that the reader sees.
 
     Works a layer at a time, on top of an older index whose segments come first. A sound
@@ -170,15 +170,15 @@ def publish_index(reader: StoreReader, array: StoredArray) -> str | None:
     return path
 
 
-def array_coverage(reader: StoreReader, array: StoredArray) -> Coverage:
+def array_coverage(reader: StoreReader, array: DescribedUnits) -> Coverage:
     """The commit records that the segments of an array rest on."""
     for name, record in reversed(reader.sets.items()):
-        if array.spec in record.arrays:
+        if array.spec in record.arrays or array.spec in record.indexes:
             return Coverage.of(reader.commits[name].values())
     raise AssertionError(f"no set of this store has {array.spec.key}")
 
 
-def index_paths(root: Path, spec: ArraySpec) -> list[str]:
+def index_paths(root: Path, spec: UnitGrid) -> list[str]:
     """The compacted files of an array at this moment."""
     folder = f"zones/{spec.key}"
     try:
@@ -210,7 +210,7 @@ class _LayerSections(Mapping[str, npt.NDArray[Any]]):
     """The sections of an index, made when they are written, one layer in memory."""
 
     def __init__(
-        self, array: StoredArray, older: "IndexFile | None", row_dtype: np.dtype[Any]
+        self, array: DescribedUnits, older: "IndexFile | None", row_dtype: np.dtype[Any]
     ) -> None:
         self._array = array
         self._older = older
@@ -276,7 +276,7 @@ class ByteCache:
 
 
 def newest_index_file(
-    root: Path, spec: ArraySpec, committed: Coverage, *, skip_damaged: bool = False
+    root: Path, spec: UnitGrid, committed: Coverage, *, skip_damaged: bool = False
 ) -> IndexFile | None:
     """The compacted file that covers most of the committed segments.
 
@@ -317,11 +317,11 @@ def _is_sound(root: Path, path: str) -> bool:
     return True
 
 
-def _index_path(spec: ArraySpec, coverage: Coverage) -> str:
+def _index_path(spec: UnitGrid, coverage: Coverage) -> str:
     return f"zones/{spec.key}/index-{coverage.hash}.sections"
 
 
-def _row_dtype(spec: ArraySpec, segments: list[int]) -> np.dtype[Any]:
+def _row_dtype(spec: UnitGrid, segments: list[int]) -> np.dtype[Any]:
     # The greatest number stands for a missing entry.
     short = (max(segments, default=0) + 1) * spec.segment_rows < 2**32
     return np.dtype("<u4" if short else "<i8")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from actstore.store.reader import StoredArray
+from actstore.store.reader import DescribedUnits
 from actstore.store.statistics import merge_moments
 from actstore.store.unit_lists import LIST_DEPTH, TAILS, ListMerger, UnitLists
 from actstore.store.zones import LIST_LENGTH
@@ -58,7 +58,7 @@ def list_depth(segments: int) -> int:
 
 
 def fold_layer(
-    array: StoredArray,
+    array: DescribedUnits,
     segments: Sequence[int],
     layer: int,
     beginning: LayerIndex | None = None,
@@ -108,7 +108,7 @@ def fold_layer(
 
 
 def fold_moments(
-    array: StoredArray, segments: Sequence[int], layer: int, beginning: Moments | None = None
+    array: DescribedUnits, segments: Sequence[int], layer: int, beginning: Moments | None = None
 ) -> Moments:
     """Moments and counts of one layer's units, merged segment by segment in order.
 

@@ -17,6 +17,7 @@ from actstore.store.errors import (
     StoreConflict,
     StoreDamaged,
 )
+from actstore.store.index_spec import IndexSpec
 from actstore.store.layout import ArraySpec
 from actstore.store.records import (
     canonical_json,
@@ -185,7 +186,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class SetRecord:
-    """A named group of arrays, or the latents of autoencoders, with its own commit records.
+    """A named group of arrays, the latents of autoencoders, or indexes; with its commit records.
 
     Attributes:
         name: ``base`` for what ingest wrote first.
@@ -195,6 +196,7 @@ class SetRecord:
         replaces: keys of other sets' arrays that this set stores anew, in another dtype.
         latents: autoencoders of one location, by layer, whose latents are kept.
         files: further files that belong to the set as a whole.
+        indexes: indexes of derived scalars.
     """
 
     name: str
@@ -203,8 +205,15 @@ class SetRecord:
     replaces: tuple[str, ...] = ()
     latents: tuple[LatentSpec, ...] = ()
     files: tuple[FileEntry, ...] = ()
+    indexes: tuple[IndexSpec, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.indexes and (self.arrays or self.latents):
+            raise InvalidInput(
+                f"Set {self.name!r} would hold indexes and something else; those have a set of "
+                "their own.",
+                kind=ErrorKind.INVALID_ARGUMENT,
+            )
         objectives = {spec.objective for spec in self.arrays if spec.objective is not None}
         if len(objectives) > 1:
             raise InvalidInput(
@@ -247,6 +256,8 @@ class SetRecord:
         if self.latents:
             fields["latents"] = [spec.to_json() for spec in self.latents]
             fields["files"] = [entry.to_json() for entry in self.files]
+        if self.indexes:
+            fields["indexes"] = [spec.to_json() for spec in self.indexes]
         return encode_record(fields)
 
     @classmethod
@@ -273,6 +284,9 @@ class SetRecord:
                 replaces=tuple(fields["replaces"]),
                 latents=tuple(LatentSpec.from_json(one) for one in fields.get("latents", [])),
                 files=tuple(FileEntry.from_json(entry) for entry in fields.get("files", [])),
+                indexes=tuple(
+                    IndexSpec.from_json(one, segment_rows) for one in fields.get("indexes", [])
+                ),
             )
         if record.path != name:
             raise StoreDamaged(

@@ -154,6 +154,7 @@ def token_id_path(segment: int) -> str:
 def segment_files(set_record: SetRecord, segment: int) -> set[str]:
     """The paths of all that a segment of a set consists of, but its commit record."""
     paths = {spec.zone_path(segment) for spec in set_record.arrays}
+    paths |= {spec.zone_path(segment) for spec in set_record.indexes}
     paths |= {set_record.latent_path(spec.layer, segment) for spec in set_record.latents}
     for spec in set_record.arrays:
         paths |= {spec.shard_path(shard, segment) for shard in range(spec.shards)}

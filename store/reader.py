@@ -19,10 +19,11 @@ from actstore.store.manifest import SetRecord, read_manifest, read_sets, replace
 from actstore.store.plan import Plan, SegmentPlan, load_plans
 from actstore.store.sections import SectionFile
 from actstore.store.shards import Descriptors, ShardReader
+from actstore.store.unit_grid import UnitGrid
 from actstore.store.vocabulary import ActivationLocationType, PassType
 from actstore.store.zones import zone_attributes
 
-__all__ = ["StoreReader", "StoredArray"]
+__all__ = ["DescribedUnits", "StoreReader", "StoredArray"]
 
 _T = TypeVar("_T")
 
@@ -86,20 +87,21 @@ class _LayerChecksums:
         return found
 
 
-class StoredArray:
-    """One array of an open store: verified values and verified zone maps.
+class DescribedUnits:
+    """Units whose values are described segment by segment, in verified files.
 
     Attributes:
-        spec: shape, dtype and places.
+        spec: how many units, and how their rows are cut.
         segments: committed segment numbers, ascending.
     """
 
-    def __init__(self, spec: ArraySpec, store: "StoreReader", commits: dict[int, CommitRecord]):
+    def __init__(
+        self, spec: UnitGrid, store: "StoreReader", commits: dict[int, CommitRecord]
+    ) -> None:
         self.spec = spec
         self.segments = sorted(commits)
         self._commits = commits
         self._store = store
-        self.reader = ShardReader(spec, store.files, self.rows_of, self._checksums)
 
     def rows_of(self, segment: int) -> int:
         """Filled rows of a committed segment.
@@ -129,6 +131,23 @@ class StoredArray:
                 kind=ErrorKind.MALFORMED_FILE,
             )
         return file
+
+
+class StoredArray(DescribedUnits):
+    """One array of an open store: verified values and verified zone maps.
+
+    Attributes:
+        spec: shape, dtype and places.
+        reader: its values.
+    """
+
+    spec: ArraySpec
+
+    def __init__(
+        self, spec: ArraySpec, store: "StoreReader", commits: dict[int, CommitRecord]
+    ) -> None:
+        super().__init__(spec, store, commits)
+        self.reader = ShardReader(spec, store.files, self.rows_of, self._checksums)
 
     def _checksums(self, segment: int, layer: int) -> npt.NDArray[np.uint32]:
         table = self._store.cache.get(
@@ -246,6 +265,21 @@ class StoreReader:
             for name in self._set_arrays
             if (objective := self.sets[name].objective) is not None
         }
+
+    @cached_property
+    def indexes(self) -> Mapping[str, DescribedUnits]:
+        """Set -> index of a derived scalar, whether or not it still speaks of what is stored."""
+        return {
+            name: DescribedUnits(spec, self, self.commits[name])
+            for name, record in sorted(self.sets.items())
+            for spec in record.indexes
+        }
+
+    @property
+    def every_described(self) -> list[DescribedUnits]:
+        """All that has zone maps: arrays of all sets, and indexes of derived scalars."""
+        described = [*self.every_array, *self.indexes.values()]
+        return [one for one in described if one.spec.has_zones]
 
     @property
     def every_array(self) -> list[StoredArray]:

@@ -116,7 +116,8 @@ class SectionFile:
             self._descriptor = -1
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
+        # At the end of the process `os` may be gone before we are; the files go with it.
+        if hasattr(self, "_descriptor") and os is not None:
             self.close()
 
     def __contains__(self, section: str) -> bool:

@@ -6,7 +6,6 @@ is trusted: every 4 KiB block is checked against the crc32c that was published w
 the segment's zone maps.
 """
 
-import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from actstore.store.blobs import missing_file
 from actstore.store.compression import decode_chunk, parse_index
 from actstore.store.errors import ErrorKind, StoreDamaged
 from actstore.store.layout import ArraySpec
+from actstore.store.unit_buffer import UnitBuffer
 
 __all__ = [
     "Descriptors",
@@ -35,64 +35,18 @@ _OPEN_FILES = 256
 _READ_BYTES = 2**26
 
 
-class SegmentBuffer:
+class SegmentBuffer(UnitBuffer):
     """One segment of one array in memory, already in the order of the shard file.
-
-    Values are blocked as they arrive, so writing is one sequential copy to the disk.
 
     Args:
         spec: the array.
         rows: filled token rows of the segment.
     """
 
+    spec: ArraySpec
+
     def __init__(self, spec: ArraySpec, rows: int) -> None:
-        self.spec = spec
-        self.rows = rows
-        shape = (
-            spec.layer_count,
-            spec.present_row_chunks(rows),
-            spec.column_chunks,
-            spec.chunk_rows,
-            spec.chunk_width,
-        )
-        # An anonymous map goes back to the system when the segment is done; a heap may not.
-        size = int(np.prod(shape)) * spec.dtype.storage.itemsize
-        self._map = mmap.mmap(-1, max(size, 1))
-        self.chunks: npt.NDArray[Any] = np.frombuffer(
-            self._map, spec.dtype.storage, int(np.prod(shape))
-        ).reshape(shape)
-        rest = rows % spec.chunk_rows
-        if rest:
-            self.chunks[:, -1, :, rest:] = spec.dtype.fill
-        columns = spec.columns % spec.chunk_width
-        if columns:
-            self.chunks[:, :, -1, :, columns:] = spec.dtype.fill
-
-    def put(self, layer: int, first_row: int, values: npt.NDArray[Any]) -> None:
-        """Place consecutive rows.
-
-        Args:
-            layer: the layer, 0 for a place outside the blocks.
-            first_row: the first row, counted from the segment's start.
-            values: storage dtype ``(row, *unit_shape)``.
-        """
-        spec = self.spec
-        flat = np.ascontiguousarray(values, spec.dtype.storage).reshape(len(values), spec.columns)
-        whole = spec.columns // spec.chunk_width
-        width = whole * spec.chunk_width
-        # Copying a block's row as one item halves the time.
-        item = np.dtype((np.void, spec.chunk_width * spec.dtype.storage.itemsize))
-        done = 0
-        while done < len(flat):
-            chunk, offset = divmod(first_row + done, spec.chunk_rows)
-            count = min(len(flat) - done, spec.chunk_rows - offset)
-            target = self.chunks[layer, chunk, :, offset : offset + count]
-            source = flat[done : done + count]
-            if whole:
-                target[:whole].view(item)[:, :, 0] = source[:, :width].view(item).T
-            if width < spec.columns:
-                target[whole, :, : spec.columns - width] = source[:, width:]
-            done += count
+        super().__init__(spec, rows)
 
     def shard(self, number: int) -> npt.NDArray[Any]:
         """The chunks of one shard, ``(layer, row_chunk, column_chunk, row, column)``."""

@@ -154,8 +154,7 @@ def compact(reader: StoreReader) -> CompactionResult:
     if not len(coverage):
         return CompactionResult(coverage.hash, (), None, ())
     with _compaction_lock(reader.root) as is_alone:
-        zoned = [array for array in reader.every_array if array.spec.has_zones]
-        published = [publish_index(reader, array) for array in zoned]
+        published = [publish_index(reader, array) for array in reader.every_described]
         indexes = tuple(path for path in published if path is not None)
         name = f"{_FOLDER}/{coverage.hash}"
         snapshot = _publish_snapshot(reader, reader.blobs, name, coverage)
@@ -296,7 +295,7 @@ def _remove_superseded(
     blobs = reader.blobs
     committed = Coverage.of_sets({name: read_commits(blobs, name) for name in reader.sets})
     removed = _remove_snapshots(blobs, coverage, committed)
-    for array in reader.every_array:
+    for array in reader.every_described:
         for path in index_paths(reader.root, array.spec):
             try:
                 stays = _stays(read_index_coverage(reader.root, path), coverage, committed)

@@ -22,8 +22,8 @@ from actstore.store.keys import (
     ordered_keys,
     signed_zero_keys,
 )
-from actstore.store.layout import PAGE_ROWS, ArraySpec
 from actstore.store.statistics import BlockSums, central_moments, join_moments
+from actstore.store.unit_grid import PAGE_ROWS, UnitGrid
 
 __all__ = ["EMPTY_ROW", "LIST_LENGTH", "Tile"]
 
@@ -62,7 +62,7 @@ class Tile:
 
     def __init__(
         self,
-        spec: ArraySpec,
+        spec: UnitGrid,
         chunks: npt.NDArray[Any],
         first: int,
         stop: int,

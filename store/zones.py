@@ -18,7 +18,7 @@ section            shape                                       meaning
 Arrays without a node axis have ``checksums`` alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future, wait
 from functools import partial
 from typing import Any
@@ -26,16 +26,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actstore.store.index_spec import ZONES
 from actstore.store.layout import ArraySpec
 from actstore.store.shard_file import block_checksums
 from actstore.store.shards import SegmentBuffer
 from actstore.store.tiles import EMPTY_ROW, LIST_LENGTH, Tile
+from actstore.store.unit_buffer import UnitBuffer
+from actstore.store.unit_grid import UnitGrid
 
 __all__ = [
     "EMPTY_ROW",
     "LIST_LENGTH",
     "SegmentDescription",
     "describe_segment",
+    "describe_units",
     "zone_attributes",
 ]
 
@@ -48,7 +52,7 @@ _TILE_UNITS = 512
 _Sections = dict[str, npt.NDArray[Any]]
 
 
-def zone_attributes(spec: ArraySpec, segment: int, plan_hash: str) -> dict[str, Any]:
+def zone_attributes(spec: UnitGrid, segment: int, plan_hash: str) -> dict[str, Any]:
     """What a zone file says of itself, so that one in another's place is not believed."""
     return {"array": spec.key, "segment": segment, "plan": plan_hash}
 
@@ -62,6 +66,24 @@ def describe_segment(buffer: SegmentBuffer, special: npt.NDArray[np.bool_]) -> _
     """
     layers = range(len(buffer.chunks))
     return _join([_join_tiles([part() for part in _parts(buffer, special, n)]) for n in layers])
+
+
+def describe_units(
+    buffer: UnitBuffer, special: npt.NDArray[np.bool_], parts: Collection[str]
+) -> _Sections:
+    """What an index keeps of a segment: no checksums, for it has no blocks.
+
+    Args:
+        buffer: the segment's values.
+        special: ``(row,)`` over the filled rows; such rows are summarised apart.
+        parts: of ``INDEX_PARTS``.
+    """
+    sections: _Sections = {}
+    if ZONES in parts:
+        layers = range(len(buffer.chunks))
+        tiles = [[part() for part in _tiles(buffer, special, layer)] for layer in layers]
+        sections |= _join([_join_tiles(found) for found in tiles])
+    return sections
 
 
 class SegmentDescription:
@@ -112,18 +134,24 @@ def _parts(
     """What describes the tiles of a layer, and the layer's checksums."""
     spec, chunks = buffer.spec, buffer.chunks[layer]
     parts: list[Callable[[], _Sections]] = [partial(_checksums, spec, chunks)]
-    if spec.has_zones:
-        most = min(_TILE_VALUES // max(1, chunks[:, 0].size), _TILE_UNITS // spec.chunk_width)
-        step = max(1, most)
-        parts += [
-            partial(_tile, spec, chunks, first, min(first + step, spec.column_chunks), special)
-            for first in range(0, spec.column_chunks, step)
-        ]
-    return parts
+    return parts + (_tiles(buffer, special, layer) if spec.has_zones else [])
+
+
+def _tiles(
+    buffer: UnitBuffer, special: npt.NDArray[np.bool_], layer: int
+) -> list[Callable[[], _Sections]]:
+    """What describes the tiles of a layer."""
+    spec, chunks = buffer.spec, buffer.chunks[layer]
+    most = min(_TILE_VALUES // max(1, chunks[:, 0].size), _TILE_UNITS // spec.chunk_width)
+    step = max(1, most)
+    return [
+        partial(_tile, spec, chunks, first, min(first + step, spec.column_chunks), special)
+        for first in range(0, spec.column_chunks, step)
+    ]
 
 
 def _tile(
-    spec: ArraySpec,
+    spec: UnitGrid,
     chunks: npt.NDArray[Any],
     first: int,
     stop: int,
@@ -138,9 +166,12 @@ def _checksums(spec: ArraySpec, chunks: npt.NDArray[Any]) -> _Sections:
 
 
 def _join_tiles(parts: list[_Sections]) -> _Sections:
-    checksums, *tiles = parts
+    """The sections of a layer from those of its tiles, and its checksums as they are."""
+    tiles = [part for part in parts if "checksums" not in part]
     names = tiles[0] if tiles else ()
-    return checksums | {name: np.concatenate([tile[name] for tile in tiles]) for name in names}
+    joined = {name: np.concatenate([tile[name] for tile in tiles]) for name in names}
+    others = [part for part in parts if "checksums" in part]
+    return {name: found for part in others for name, found in part.items()} | joined
 
 
 def _join(layers: list[_Sections]) -> _Sections:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from actstore.query.bounds import derived_value
+from actstore.query.value_readers import derived_value
 from actstore.query.derived import (
     SCALARS,
     Coefficient,

@@ -480,7 +480,7 @@ def test_random_and_quantile_examples(stores: dict[str, tuple[Store, Truth]]) ->
         ({"layers": [-1]}, InvalidInput, "layers names -1"),
         ({"neurons": 40}, InvalidInput, "0 to 39"),
         ({"heads": 1}, InvalidInput, "chosen by: neurons"),
-        ({"per": "head"}, InvalidInput, "layer, neuron"),
+        ({"per": "head"}, InvalidInput, "layer, token, neuron"),
         ({"by": "size"}, InvalidInput, "value or magnitude"),
         ({"distinct": "token"}, InvalidInput, "sequence or document"),
         ({"where": "nonsense > 2"}, InvalidInput, "nonsense"),

@@ -112,8 +112,9 @@ def test_gradients_have_lists_and_zone_maps_of_their_own(store: Store) -> None:
     assert "mlp_act_times_grad" in gradients
     assert "attn_act_times_grad" in gradients
     certificate = store.topk("mlp_act_times_grad", k=3).certificate
-    assert certificate.plan == "scan"
-    assert certificate.source.startswith("derived from mlp_post_act")
+    assert certificate.plan == "bounds"
+    assert certificate.bounded_by == "interval of mlp_post_act/forward and mlp_post_act/backward"
+    assert store.topk("resid_post_mlp", k=3).certificate.bounded_by == "nothing"
 
 
 @pytest.mark.parametrize("name", ["mlp_post_act", "attn_query", "attn_qk_probs", "attn_write_norm"])

@@ -73,14 +73,11 @@ def projection(
     kept = source.axes[:-1]
     axes = (*kept, Dimension.SINGLETON) if kept in ((), (Dimension.ATTENDED,)) else kept
     letters = ", ".join(["t", *(f"{one}" for one in axes if one is not Dimension.SINGLETON)])
-    held: list[Tensor] = []
 
     def formula(sources: "Sequence[Tensor]", _: "Sequence[Tensor]", __: Frame) -> "Tensor":
         import torch
 
-        if not held:
-            held.append(torch.from_numpy(numbers))
-        projected = sources[0] @ held[0]
+        projected = sources[0] @ torch.from_numpy(numbers)
         return projected.unsqueeze(-1) if axes[-1] is Dimension.SINGLETON else projected
 
     what = f"the gradient of {source.name}" if backward else source.name
