@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from actstore.store.latent_reader import LatentArray
     from actstore.store.reader import StoreReader
 
-__all__ = ["SCAN_CELLS", "Group", "Outcome", "rank", "windows"]
+__all__ = ["SCAN_CELLS", "Group", "Outcome", "few_rows", "rank", "row_windows", "windows"]
 
 SCAN_CELLS = 4_000_000_000
 """Values that a query may look at without an index: about a minute of one core."""
@@ -107,8 +107,7 @@ def rank(
     pending = [(units, ranking) for units, ranking, _ in still_open]
     if not pending:
         return
-    layers = len(union(pending).layers)
-    if rows.rows is not None and _few_rows(scored.values, rows, pending, layers):
+    if rows.rows is not None and few_rows(scored.values, rows, [units for units, _ in pending]):
         outcome.plans.add("rows")
         found = row_windows(scored.values, reader, rows, union(pending))
         outcome.cells += search_windows(found, pending)
@@ -157,17 +156,16 @@ def union(groups: Sequence[Group]) -> UnitSelection:
     return UnitSelection(tuple(layers), groups[0][0].columns)
 
 
-def _few_rows(
-    values: ValueReader, rows: RowSelection, groups: Sequence[Group], layers: int
-) -> bool:
+def few_rows(values: ValueReader, rows: RowSelection, groups: Sequence[UnitSelection]) -> bool:
     """Whether reading the allowed rows costs less than searching pages might.
 
     A row brings what stands around it; a page is 512 rows of a chunk of units.
     """
     assert rows.rows is not None
-    by_rows = len(rows.rows) * values.cells_per_row * layers
+    layers = {layer for units in groups for layer in units.layers}
+    by_rows = len(rows.rows) * values.cells_per_row * len(layers)
     pages = len(np.unique(rows.rows // PAGE_ROWS))
-    by_pages = sum(units.total for units, _ in groups) * pages * PAGE_ROWS
+    by_pages = sum(units.total for units in groups) * pages * PAGE_ROWS
     return by_rows <= min(_ROWS_CELLS, by_pages)
 
 

@@ -251,7 +251,7 @@ class _LayerSearch:
 
     def _page_nodes(self, node: _Node) -> Iterator[_Node]:
         unit = int(self._units[node.position])
-        bounds = self._source.page_bounds(node.segment, self._layer, unit)
+        bounds = self._source.page_bounds(node.segment, self._layer, np.array([unit]))
         score, filled = self._scores(bounds)[0], bounds.filled[0]
         if node.segment in self._pages:
             allowed = self._pages[node.segment]

@@ -61,9 +61,9 @@ class NormalisedZones:
         """Bounds ``(unit, segment)`` over ordinary rows, or over special ones."""
         return self._bounds(layer, units, self._of.segment_bounds(layer, units, special))
 
-    def page_bounds(self, segment: int, layer: int, unit: int) -> Bounds:
-        """Bounds ``(1, page)`` over ordinary rows."""
-        return self._bounds(layer, np.array([unit]), self._of.page_bounds(segment, layer, unit))
+    def page_bounds(self, segment: int, layer: int, units: Units) -> Bounds:
+        """Bounds ``(unit, page)`` over ordinary rows."""
+        return self._bounds(layer, units, self._of.page_bounds(segment, layer, units))
 
     def _bounds(self, layer: int, units: Units, found: Bounds) -> Bounds:
         centre, scale = (part[units][:, None] for part in self._scale(layer))
@@ -197,35 +197,25 @@ class CombinedUnits:
 
     def segment_bounds(self, layer: int, units: Units, special: bool) -> Bounds:
         """Bounds ``(1, segment)`` over ordinary rows, or over special ones."""
-        grouped: dict[int, list[int]] = {}
-        for at, unit in self._pairs:
-            grouped.setdefault(at, []).append(unit)
-        found: dict[tuple[int, int], tuple[Bounds, int]] = {}
-        for at, members in grouped.items():
-            bounds = self._of.segment_bounds(at, np.array(members, np.int64), special)
-            found |= {(at, unit): (bounds, place) for place, unit in enumerate(members)}
-        return self._combined(
-            [
-                Bounds(
-                    bounds.maximum[place : place + 1],
-                    bounds.minimum[place : place + 1],
-                    bounds.filled[place : place + 1],
-                )
-                for bounds, place in (found[pair] for pair in self._pairs)
-            ]
-        )
+        return self._combined(lambda at, members: self._of.segment_bounds(at, members, special))
 
-    def page_bounds(self, segment: int, layer: int, unit: int) -> Bounds:
+    def page_bounds(self, segment: int, layer: int, units: Units) -> Bounds:
         """Bounds ``(1, page)`` over ordinary rows."""
-        return self._combined([self._of.page_bounds(segment, *pair) for pair in self._pairs])
+        return self._combined(lambda at, members: self._of.page_bounds(segment, at, members))
 
-    def _combined(self, parts: Sequence[Bounds]) -> Bounds:
-        high = self._how.of(np.stack([part.maximum for part in parts]))
-        low = self._how.of(np.stack([part.minimum for part in parts]))
+    def _combined(self, bounds_of: Callable[[int, Units], Bounds]) -> Bounds:
+        found: dict[tuple[int, int], tuple[Bounds, int]] = {}
+        for at in dict.fromkeys(layer for layer, _ in self._pairs):
+            members = np.array([unit for layer, unit in self._pairs if layer == at], np.int64)
+            bounds = bounds_of(at, members)
+            found |= {(at, unit): (bounds, place) for place, unit in enumerate(members.tolist())}
+        parts = [found[pair] for pair in self._pairs]
+        high = self._how.of(np.stack([bounds.maximum[place] for bounds, place in parts]))[None]
+        low = self._how.of(np.stack([bounds.minimum[place] for bounds, place in parts]))[None]
         return Bounds(
             np.where(np.isnan(high), np.float32(np.inf), high),
             np.where(np.isnan(low), np.float32(-np.inf), low),
-            np.logical_and.reduce([part.filled for part in parts]),
+            np.logical_and.reduce([bounds.filled[place] for bounds, place in parts])[None],
         )
 
 

@@ -8,7 +8,7 @@ the image of a maximum bounds the images of all values below it, with no slack.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,15 @@ from actstore.store.keys import key_values
 from actstore.store.reader import DescribedUnits
 
 if TYPE_CHECKING:
+    from actstore.store.sections import SectionFile
     from actstore.store.unit_lists import Tail
 
 __all__ = ["Bounds", "ProductBounds", "RankedLists", "ZoneMapped", "ZonedValues"]
 
 Units = npt.NDArray[np.int64]
+
+_FEW_UNITS = 16
+"""Units whose zones are read one by one; of more, the layer's are read at once."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ class ZonedValues(Protocol):
         """Bounds ``(unit, segment)`` over ordinary rows, or over special ones."""
         ...
 
-    def page_bounds(self, segment: int, layer: int, unit: int) -> Bounds:
-        """Bounds ``(1, page)`` over ordinary rows."""
+    def page_bounds(self, segment: int, layer: int, units: Units) -> Bounds:
+        """Bounds ``(unit, page)`` over ordinary rows."""
         ...
 
 
@@ -180,12 +184,12 @@ class ZoneMapped:
             return self._bounds(bounds.special_maximum, bounds.special_minimum, c)
         return self._bounds(bounds.maximum, bounds.minimum, c)
 
-    def page_bounds(self, segment: int, layer: int, unit: int) -> Bounds:
-        """Bounds ``(1, page)`` over ordinary rows."""
+    def page_bounds(self, segment: int, layer: int, units: Units) -> Bounds:
+        """Bounds ``(unit, page)`` over ordinary rows."""
         zones = self._described.zones(segment)
-        c = self._coefficients(layer)[unit : unit + 1]
-        high = zones.row("page_max", layer, unit)[None]
-        return self._bounds(high, zones.row("page_min", layer, unit)[None], c)
+        c = self._coefficients(layer)[units]
+        high, low = (_rows_of(zones, name, layer, units) for name in ("page_max", "page_min"))
+        return self._bounds(high, low, c)
 
     def _bounds(
         self,
@@ -242,12 +246,20 @@ class ProductBounds:
             self._right.segment_bounds(layer, units, special),
         )
 
-    def page_bounds(self, segment: int, layer: int, unit: int) -> Bounds:
-        """Bounds ``(1, page)`` over ordinary rows."""
+    def page_bounds(self, segment: int, layer: int, units: Units) -> Bounds:
+        """Bounds ``(unit, page)`` over ordinary rows."""
         return _corners(
-            self._left.page_bounds(segment, layer, unit),
-            self._right.page_bounds(segment, layer, unit),
+            self._left.page_bounds(segment, layer, units),
+            self._right.page_bounds(segment, layer, units),
         )
+
+
+def _rows_of(zones: "SectionFile", section: str, layer: int, units: Units) -> npt.NDArray[Any]:
+    """Some units' rows of a section ``(layer, unit, …)``."""
+    if len(units) > _FEW_UNITS:
+        whole: npt.NDArray[Any] = zones.row(section, layer)[units]
+        return whole
+    return np.stack([zones.row(section, layer, int(unit)) for unit in units])
 
 
 def _corners(left: Bounds, right: Bounds) -> Bounds:
