@@ -1,19 +1,24 @@
 """Answers as people get them: rows with the names of their units and places, and a certificate."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore.query.derived import DerivedScalar
 from actstore.query.planner import Outcome
 from actstore.query.questions import Question
 from actstore.query.ranking import Candidates
 from actstore.query.results import Certificate
 from actstore.query.rows import Rows
+from actstore.query.selection import RowSelection
 from actstore.store.vocabulary import Dimension
 
-__all__ = ["answer_table", "answer_values", "certify", "place_columns"]
+if TYPE_CHECKING:
+    from actstore.query.opening import OpenStore
+
+__all__ = ["answer_table", "answer_values", "certify", "count_rows", "place_columns"]
 
 
 def answer_table(question: Question, answer: Candidates, rows: Rows) -> pa.Table:
@@ -23,7 +28,7 @@ def answer_table(question: Question, answer: Candidates, rows: Rows) -> pa.Table
     """
     columns: dict[str, Any] = {}
     if question.combine is None:
-        columns = place_columns(question, answer, rows)
+        columns = place_columns(question.store, question.declared, answer, rows)
     else:
         columns["token"] = pa.array(answer.token, pa.int64())
     if question.normalise is not None and question.combine is None:
@@ -36,14 +41,15 @@ def answer_table(question: Question, answer: Candidates, rows: Rows) -> pa.Table
     return pa.table(columns)
 
 
-def place_columns(question: Question, answer: Candidates, rows: Rows) -> dict[str, Any]:
+def place_columns(
+    store: "OpenStore", declared: DerivedScalar, answer: Candidates, rows: Rows
+) -> dict[str, Any]:
     """The columns that name where each answer stands: layer, token and the units' axes."""
-    declared = question.declared
     columns: dict[str, Any] = {}
     if declared.has_layers:
         columns["layer"] = pa.array(answer.layer, pa.int32())
     columns["token"] = pa.array(answer.token, pa.int64())
-    axes, shape = declared.ranked_axes, question.store.unit_shape(declared)
+    axes, shape = declared.ranked_axes, store.unit_shape(declared)
     for axis, values in zip(axes, np.unravel_index(answer.unit, shape), strict=True):
         if axis is Dimension.ATTENDED:
             columns["attended_token"] = pa.array(answer.token - rows.position + values, pa.int64())
@@ -65,17 +71,8 @@ def answer_values(question: Question, answer: Candidates) -> npt.NDArray[np.floa
 
 def certify(question: Question, outcome: Outcome, bound: float | None) -> Certificate:
     """How an answer was found."""
-    store, rows = question.store, question.rows
-    reader = store.reader
-    total, special = (
-        sum(record.rows for record in reader.commits["base"].values()),
-        store.special_count,
-    )
-    counted = rows.count(reader.segments, total - special)
-    excluded = {} if rows.special else {"special": special}
-    if rows.rows is not None:
-        # A special row that the predicate drops as well is counted as special.
-        excluded["where"] = total - counted - sum(excluded.values())
+    counted, excluded = count_rows(question.store, question.rows)
+    reader = question.store.reader
     return Certificate(
         scalar=question.declared.name,
         plan=outcome.plan,
@@ -90,3 +87,16 @@ def certify(question: Question, outcome: Outcome, bound: float | None) -> Certif
         rows=counted,
         rows_excluded=excluded,
     )
+
+
+def count_rows(store: "OpenStore", rows: RowSelection) -> tuple[int, dict[str, int]]:
+    """How many rows may answer, and reason -> rows left out."""
+    reader = store.reader
+    total = sum(record.rows for record in reader.commits["base"].values())
+    special = store.special_count
+    counted = rows.count(reader.segments, total - special)
+    excluded = {} if rows.special else {"special": special}
+    if rows.rows is not None:
+        # A special row that the predicate drops as well is counted as special.
+        excluded["where"] = total - counted - sum(excluded.values())
+    return counted, excluded

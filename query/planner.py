@@ -32,7 +32,17 @@ if TYPE_CHECKING:
     from actstore.store.latent_reader import LatentArray
     from actstore.store.reader import StoreReader
 
-__all__ = ["SCAN_CELLS", "Group", "Outcome", "few_rows", "rank", "row_windows", "windows"]
+__all__ = [
+    "SCAN_CELLS",
+    "Group",
+    "Outcome",
+    "choose_plan",
+    "count_cells",
+    "few_rows",
+    "rank",
+    "row_windows",
+    "windows",
+]
 
 SCAN_CELLS = 4_000_000_000
 """Values that a query may look at without an index: about a minute of one core."""
@@ -87,7 +97,7 @@ def rank(
         Unavailable: the store cannot derive the scalar.
     """
     reader = scored.store.reader
-    kept = _kept_latents(scored, groups)
+    kept = _kept_latents(scored, [units for units, _ in groups])
     if kept:
         search_latents(kept, groups, rows, reader.segments, outcome)
         return
@@ -111,11 +121,40 @@ def rank(
         outcome.plans.add("rows")
         found = row_windows(scored.values, reader, rows, union(pending))
         outcome.cells += search_windows(found, pending)
-    elif len(pending) > _SEARCHES and _cells(scored, rows, union(pending)) <= max_cells:
+    elif len(pending) > _SEARCHES and count_cells(scored, rows, union(pending)) <= max_cells:
         _scan(scored, rows, pending, max_cells, outcome)
     else:
         for units, ranking, seeded in still_open:
             _search(scored, zoned, rows, (units, ranking), seeded, max_cells, outcome)
+
+
+def choose_plan(
+    scored: "Scored", rows: RowSelection, groups: Sequence[UnitSelection], *, by_token: bool = False
+) -> tuple[str, str | None]:
+    """The plan that :func:`rank` would begin with, and what follows if that is not enough.
+
+    Args:
+        scored: what is ranked.
+        rows: rows that may answer.
+        groups: the units of each ranking.
+        by_token: whether every token has answers of its own.
+    """
+    if by_token:
+        return "rows", None
+    if _kept_latents(scored, groups):
+        return "column", None
+    zoned = scored.zoned
+    if zoned is None:
+        return "scan", None
+    rest: tuple[str, str | None] = ("bounds", None if zoned.is_tight else "scan")
+    if rows.rows is not None and few_rows(scored.values, rows, groups):
+        rest = ("rows", None)
+    elif len(groups) > _SEARCHES:
+        rest = ("scan", None)
+    layer = groups[0].layers[0] if groups and groups[0].layers else None
+    if layer is None or not zoned.has_lists:
+        return rest
+    return "lists", rest[0]
 
 
 def _search(
@@ -129,7 +168,7 @@ def _search(
 ) -> None:
     """Branch and bound; where bounds turn out too loose, a scan takes over."""
     units, ranking = group
-    may_scan = not zoned.is_tight and _cells(scored, rows, units) <= max_cells
+    may_scan = not zoned.is_tight and count_cells(scored, rows, units) <= max_cells
     share = _LOOSE_SHARE if may_scan else None
     if search_bounds(zoned, units, rows, ranking, outcome.effort, share):
         outcome.plans.add("lists+bounds" if seeded else "bounds")
@@ -138,13 +177,13 @@ def _search(
         _scan(scored, rows, [group], max_cells, outcome)
 
 
-def _kept_latents(scored: "Scored", groups: Sequence[Group]) -> "dict[int, LatentArray]":
+def _kept_latents(scored: "Scored", groups: Sequence[UnitSelection]) -> "dict[int, LatentArray]":
     """The kept latents by layer, if they are all of the values; else nothing."""
     kept = scored.latents
     committed = scored.store.reader.segments
     whole = all(
         layer in kept and kept[layer].segments == committed
-        for units, _ in groups
+        for units in groups
         for layer in units.layers
     )
     return kept if whole else {}
@@ -193,7 +232,8 @@ def _scan(
     outcome.cells += search_windows(found, groups)
 
 
-def _cells(scored: "Scored", rows: RowSelection, units: UnitSelection) -> int:
+def count_cells(scored: "Scored", rows: RowSelection, units: UnitSelection) -> int:
+    """Values that a scan of some units' layers looks at."""
     reader = scored.store.reader
     records = reader.commits["base"]
     total = sum(records[segment].rows for segment in rows.segments(reader.segments))
@@ -208,7 +248,7 @@ def windows(
     Raises:
         InvalidInput: there are more than ``max_cells``.
     """
-    cells = _cells(scored, rows, units)
+    cells = count_cells(scored, rows, units)
     if cells > max_cells:
         raise InvalidInput(
             f"Ranking {scored.declared.name} has no index and would look at {cells:,} values, more "

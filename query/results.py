@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from actstore.query.columnar import Columnar
 
-__all__ = ["Certificate", "TopK"]
+__all__ = ["Answer", "Cells", "Certificate", "TopK"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Certificate:
         return asdict(self)
 
 
-class TopK(Columnar):
-    """The k best values, in order.
+class Answer(Columnar):
+    """Values at places, in order.
 
     Token ids and vocabulary are read when the text is looked at: that may take longer than
     finding the answer did.
@@ -81,7 +81,7 @@ class TopK(Columnar):
     def __reduce__(self) -> tuple[object, ...]:
         # The open store stays here; its texts go along.
         texts = self.table.column("text").to_pylist()
-        return TopK, (self._found, self.certificate, partial(list, texts))
+        return type(self), (self._found, self.certificate, partial(list, texts))
 
     def __len__(self) -> int:
         return int(self._found.num_rows)
@@ -93,7 +93,7 @@ class TopK(Columnar):
         return self.rows()[index]
 
     def __repr__(self) -> str:
-        return f"TopK({self.certificate.scalar}, {len(self)} rows, plan={self.certificate.plan})"
+        return f"{type(self).__name__}({self.certificate.scalar}, {len(self)} rows, plan={self.certificate.plan})"
 
     def column(self, name: str) -> list[Any]:
         """One column as Python values."""
@@ -108,3 +108,11 @@ class TopK(Columnar):
     def to_json(self) -> dict[str, Any]:
         """``{"rows": [...], "certificate": {...}}``."""
         return {"rows": self.rows(), "certificate": self.certificate.to_json()}
+
+
+class TopK(Answer):
+    """The k best values, in order."""
+
+
+class Cells(Answer):
+    """The values in an interval, by layer, token and unit."""

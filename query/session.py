@@ -9,6 +9,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from actstore.query.derived import DerivedScalar
 from actstore.query.derived.config import DstConfig
 from actstore.query.derived.evaluation import PLAIN
 from actstore.query.inventory import LocationInfo, StoreInfo, list_locations, summarise
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actstore.query.cache import ActivationCache, LogitAttribution
+    from actstore.query.comparison import Comparison
     from actstore.query.examples import Examples
-    from actstore.query.results import TopK
+    from actstore.query.explanation import Explanation
+    from actstore.query.results import Cells, TopK
     from actstore.query.sql import Parameters
+    from actstore.query.thresholds import Counts
     from actstore.store.model.autoencoder_families import Autoencoders
     from actstore.store.model.autoencoders import Autoencoder
     from actstore.store.nodes import NodeIndex
@@ -248,6 +252,70 @@ class Store(StoreTensors):
         from actstore.query.topk import topk
 
         return topk(self, name, **options)
+
+    def explain(self, name: ScalarName, **options: Any) -> "Explanation":
+        """How ``topk`` would answer; see :func:`actstore.query.explanation.explain`."""
+        from actstore.query.explanation import explain
+
+        return explain(self, name, **options)
+
+    def compare(self, names: "Sequence[ScalarName]", **options: Any) -> "Comparison":
+        """Several scalars side by side; see :func:`actstore.query.comparison.compare`."""
+        from actstore.query.comparison import compare
+
+        return compare(self, names, **options)
+
+    def filter(self, name: ScalarName, **options: Any) -> "Cells":
+        """All values in an interval; see :func:`actstore.query.thresholds.filter_cells`."""
+        from actstore.query.thresholds import filter_cells
+
+        return filter_cells(self, name, **options)
+
+    def count(self, name: ScalarName, **options: Any) -> "Counts":
+        """How many values lie in an interval; see :func:`actstore.query.thresholds.count`."""
+        from actstore.query.thresholds import count
+
+        return count(self, name, **options)
+
+    def index(
+        self,
+        scalars: "ScalarName | Sequence[ScalarName]",
+        *,
+        parts: "Sequence[str] | None" = None,
+        pass_type: str = "forward",
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> "Store":
+        """Index derived scalars, so that ranking them reads little; see ``build_indexes``.
+
+        Args:
+            scalars: one or several.
+            parts: ``zones``, ``histogram`` or both; what is missing by default.
+            pass_type: ``backward`` for the gradient of the objective with respect to them.
+            progress: called with ``index``, values done and values in all.
+
+        Returns:
+            The store, opened again: this one goes on seeing what it saw.
+
+        Raises:
+            InvalidInput: an unknown scalar, one over pairs of tokens, or one about a node.
+            Unavailable: the store cannot derive a scalar.
+            IngestStopped: the disk is full, read-only or failing.
+        """
+        from actstore.query.index_building import build_indexes
+
+        wanted = [scalars] if isinstance(scalars, str | DerivedScalar) else list(scalars)
+        declared = [self.scalar(name) for name in wanted]
+        build_indexes(
+            self.path,
+            declared,
+            parts=parts,
+            pass_type=pass_type,
+            objective=self.reader.objective,
+            progress=progress,
+        )
+        return type(self)(
+            self.path, objective=self.reader.objective, max_result_bytes=self.max_result_bytes
+        )
 
     def examples(self, name: ScalarName, unit: tuple[int, ...], **options: Any) -> "Examples":
         """Contexts of one unit; see :func:`actstore.query.examples.examples`."""

@@ -15,13 +15,13 @@ from actstore.query.derived import DerivedScalar
 from actstore.query.planner import SCAN_CELLS, Group, Outcome, rank
 from actstore.query.questions import Question, QuestionOptions, ask
 from actstore.query.ranking import Candidates
-from actstore.query.results import TopK
+from actstore.query.results import Certificate, TopK
 from actstore.query.token_ranking import rank_by_token
 
 if TYPE_CHECKING:
     from actstore.query.opening import OpenStore
 
-__all__ = ["topk"]
+__all__ = ["rank_question", "topk"]
 
 
 def topk(
@@ -73,6 +73,19 @@ def topk(
         Unavailable: the store cannot derive the scalar.
     """
     question = ask(store, name, **options)
+    answer, certificate = rank_question(question, max_cells)
+    places = store.row_map.of_tokens(answer.token)
+    table = answer_table(question, answer, places)
+    return TopK(table, certificate, partial(store.row_texts, places))
+
+
+def rank_question(question: Question, max_cells: int) -> tuple[Candidates, Certificate]:
+    """The answers to a question, in order, and how they were found.
+
+    Raises:
+        InvalidInput: a scan of more values than ``max_cells`` would be needed.
+        Unavailable: the store cannot derive the scalar.
+    """
     outcome = Outcome()
     bound = None
     if question.per == "token":
@@ -83,9 +96,7 @@ def topk(
             last = found[0].value[-1]
             bound = float(np.abs(last) if question.by == "magnitude" else last)
         answer = Candidates.join(found)
-    places = store.row_map.of_tokens(answer.token)
-    table = answer_table(question, answer, places)
-    return TopK(table, certify(question, outcome, bound), partial(store.row_texts, places))
+    return answer, certify(question, outcome, bound)
 
 
 def _rank_groups(question: Question, max_cells: int, outcome: Outcome) -> list[Candidates]:

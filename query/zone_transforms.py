@@ -36,6 +36,7 @@ class NormalisedZones:
         self.segments = of.segments
         self.segment_rows = of.segment_rows
         self.is_tight = of.is_tight
+        self.has_lists = of.has_lists
 
     def rows_of(self, segment: int) -> int:
         """Filled rows of a segment."""
@@ -178,6 +179,7 @@ class CombinedUnits:
     """
 
     is_tight = False
+    has_lists = False
 
     def __init__(self, of: ZonedValues, pairs: Sequence[tuple[int, int]], how: Combination) -> None:
         self._of = of

@@ -90,6 +90,11 @@ class ZonedValues(Protocol):
         """Whether bounds are attained, so that few pages have to be read."""
         ...
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether units have lists."""
+        ...
+
     def rows_of(self, segment: int) -> int:
         """Filled rows of a segment."""
         ...
@@ -118,6 +123,7 @@ class ZoneMapped:
     """
 
     is_tight = True
+    has_lists = True
 
     def __init__(
         self,
@@ -224,6 +230,7 @@ class ProductBounds:
     """
 
     is_tight = False
+    has_lists = False
 
     def __init__(self, left: ZonedValues, right: ZonedValues, reader: ValueReader) -> None:
         self._left, self._right = left, right

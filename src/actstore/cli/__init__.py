@@ -16,10 +16,12 @@ from actstore.cli import (
     adding,
     demonstration,
     deriving,
+    indexing,
     ingesting,
     listing,
     querying,
     statements,
+    thresholds,
     upkeep,
 )
 
@@ -66,7 +68,7 @@ def _root(
 
 
 def _register(command: Callable[..., None], summary: str, *examples: str) -> None:
-    name = command.__name__.replace("_", "-")
+    name = command.__name__.strip("_").replace("_", "-")
     lines = [f"  actstore {name} {example}".rstrip() for example in examples]
     # Click keeps the lines of a paragraph that begins with a backspace.
     epilog = "\b\n" + "\n".join(["Examples:", *lines])
@@ -115,6 +117,23 @@ _register(
     "runs/gpt2 mlp_post_act 3:712 --kind quantile -k 10 --window 10,5",
 )
 _register(
+    thresholds.filter_,
+    "List every value beyond a threshold.",
+    "runs/gpt2 mlp_post_act --above 6 --layer 3",
+    "runs/gpt2 mlp_write_norm --below -2 --neuron 712 --layer 3 --json",
+)
+_register(
+    thresholds.count,
+    "Count each unit's values beyond a threshold.",
+    "runs/gpt2 mlp_post_act --above 6",
+    "runs/gpt2 mlp_post_act --above 0 --layer 3 --where \"text = ' the'\"",
+)
+_register(
+    thresholds.compare,
+    "Show several scalars side by side where each is greatest.",
+    "runs/gpt2 mlp_post_act mlp_write_norm -k 5",
+)
+_register(
     deriving.derive,
     "Compute a scalar on whole sequences.",
     "runs/gpt2 mlp_write_norm --sequence 17 --layer 3",
@@ -132,6 +151,13 @@ _register(
     "runs/gpt2 saes/layer3 saes/layer4",
     "runs/gpt2 params.npz --location resid_post_mlp --layer 20 --name gemma-16k",
     "runs/gpt2",
+)
+_register(
+    indexing.index,
+    "Index scalars, or copy arrays by column.",
+    "runs/gpt2 mlp_act_times_grad",
+    "runs/gpt2 mlp_post_act --part histogram",
+    "runs/gpt2 --columns mlp_post_act",
 )
 _register(upkeep.verify, "Read every byte against its checksum.", "runs/gpt2")
 _register(upkeep.compact, "Merge what queries need of all segments.", "runs/gpt2")

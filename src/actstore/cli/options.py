@@ -42,6 +42,8 @@ __all__ = [
     "StorePath",
     "Stride",
     "TextColumn",
+    "Tokens",
+    "Units",
     "Where",
     "Worker",
     "load_scalar_files",
@@ -70,6 +72,14 @@ Count = Annotated[int, typer.Option("-k", metavar="K", help="Number of answers."
 Where = Annotated[
     str | None,
     typer.Option("--where", metavar="SQL", help="Predicate over tokens, sequences and documents."),
+]
+Tokens = Annotated[
+    list[int] | None,
+    typer.Option("--token", metavar="N", help="Only this token (a global row); repeatable."),
+]
+Units = Annotated[
+    str | None,
+    typer.Option("--units", metavar="SQL", help="Predicate over neurons (heads, latents)."),
 ]
 Backward = Annotated[
     bool,

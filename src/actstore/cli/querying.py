@@ -1,7 +1,7 @@
 """Commands that rank: `topk` and `examples`."""
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -18,6 +18,7 @@ from actstore.cli.options import (
     ScalarFiles,
     Special,
     StorePath,
+    Tokens,
     Where,
     load_scalar_files,
 )
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from actstore.query.examples import Example, Examples
-    from actstore.query.results import Certificate, TopK
+    from actstore.query.explanation import Explanation
+    from actstore.query.results import Answer, Certificate
 
-__all__ = ["examples", "print_examples", "print_topk", "topk"]
+__all__ = ["certificate_line", "examples", "print_examples", "print_topk", "topk"]
 
 
 @reports_errors
@@ -60,22 +62,40 @@ def topk(
         str | None,
         typer.Option("--units", metavar="SQL", help="Predicate over neurons (heads, latents)."),
     ] = None,
+    token: Tokens = None,
     per: Annotated[
         str | None,
         typer.Option(
-            "--per", metavar="KIND", help="K answers for each layer, neuron, head or latent."
+            "--per",
+            metavar="KIND",
+            help="K answers for each layer, neuron, head or latent; or token, with --token or "
+            "--where.",
         ),
     ] = None,
     distinct: Distinct = None,
     least: Annotated[bool, typer.Option("--least", help="The least values.")] = False,
     by: Annotated[str, typer.Option("--by", metavar="KEY", help="value or magnitude.")] = "value",
+    normalise: Annotated[
+        str | None,
+        typer.Option("--normalise", metavar="HOW", help="Compare units by max or by std."),
+    ] = None,
+    combine: Annotated[
+        str | None,
+        typer.Option(
+            "--combine", metavar="HOW", help="One score of the units named: sum, mean, max or min."
+        ),
+    ] = None,
     special: Special = False,
     backward: Backward = False,
     objective: OfObjective = None,
     scalar_files: ScalarFiles = None,
     as_json: AsJson = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show how the answer was found and what it covers.")
+        bool,
+        typer.Option("--explain", help="Show the plan, how the answer was found, what it covers."),
+    ] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Show the plan and its estimate; rank nothing.")
     ] = False,
 ) -> None:
     """Rank every value of a scalar over layers, tokens and units; exact, ties included."""
@@ -92,28 +112,47 @@ def topk(
                 kind=ErrorKind.UNKNOWN_LAYER,
             )
         layers = [named_layer]
+    options: dict[str, Any] = {
+        "k": k,
+        "layers": layers,
+        "neurons": neuron or None,
+        "heads": head or None,
+        "channels": channel or None,
+        "latents": latent or None,
+        "tokens": token or None,
+        "where": where,
+        "units": units,
+        "per": per,
+        "distinct": distinct,
+        "largest": not least,
+        "by": by,
+        "normalise": normalise,
+        "combine": combine,
+        "special": special,
+        "pass_type": "backward" if backward else "forward",
+    }
     with Store(store, objective=objective) as opened:
-        found = opened.topk(
-            declared.name,
-            k=k,
-            layers=layers,
-            neurons=neuron or None,
-            heads=head or None,
-            channels=channel or None,
-            latents=latent or None,
-            where=where,
-            units=units,
-            per=per,
-            distinct=distinct,
-            largest=not least,
-            by=by,
-            special=special,
-            pass_type="backward" if backward else "forward",
-        )
-    if as_json:
-        print_json(found.to_json())
-    else:
+        planned = opened.explain(declared.name, **options) if explain or plan_only else None
+        if planned is not None and plan_only:
+            print_plan(console(), planned, as_json=as_json)
+            return
+        found = opened.topk(declared.name, **options)
+        # The text is looked up while the store is open.
+        answer = found.to_json() if as_json else None
+        if answer is not None:
+            print_json(answer | ({"plan": planned.to_json()} if planned else {}))
+            return
+        if planned is not None:
+            print_plan(console(), planned)
         print_topk(console(), found, explain=explain)
+
+
+def print_plan(shown: "Console", planned: "Explanation", *, as_json: bool = False) -> None:
+    """Print how a ranking would be answered."""
+    if as_json:
+        print_json({"plan": planned.to_json()})
+    else:
+        shown.print(Text(str(planned)))
 
 
 @reports_errors
@@ -169,14 +208,14 @@ def examples(
         print_examples(console(), found)
 
 
-def print_topk(shown: "Console", found: "TopK", *, explain: bool = False) -> None:
+def print_topk(shown: "Console", found: "Answer", *, explain: bool = False) -> None:
     """Print a ranking as a table, with how it was found."""
     names = found.table.column_names
     print_table(shown, names, [list(row.values()) for row in found.rows()])
     if explain:
         shown.print(fields_table(_certificate_fields(found.certificate)))
     else:
-        shown.print(Text(_certificate_line(found.certificate), "dim"))
+        shown.print(Text(certificate_line(found.certificate), "dim"))
 
 
 def print_examples(shown: "Console", found: "Examples", *, title: str = "") -> None:
@@ -195,7 +234,7 @@ def print_examples(shown: "Console", found: "Examples", *, title: str = "") -> N
         prefix = f"{value:>{value_width}}  {place:>{place_width}}  "
         line = Text(prefix).append(_strip(row, strongest, shown, len(prefix)))
         shown.print(line, no_wrap=True, soft_wrap=not shown.is_terminal)
-    shown.print(Text(_certificate_line(found.certificate), "dim"))
+    shown.print(Text(certificate_line(found.certificate), "dim"))
 
 
 def _strip(row: "Example", strongest: float, shown: "Console", used: int) -> Text:
@@ -204,7 +243,8 @@ def _strip(row: "Example", strongest: float, shown: "Console", used: int) -> Tex
     return token_strip(row.texts, row.values, row.focus, strongest=strongest, width=width)
 
 
-def _certificate_line(certificate: "Certificate") -> str:
+def certificate_line(certificate: "Certificate") -> str:
+    """What an answer covers, in a line."""
     covered = f"{count_text(certificate.rows)} rows of {certificate.segments} segments"
     missing = certificate.segments_planned - certificate.segments
     parts = [
@@ -230,6 +270,7 @@ def _certificate_fields(certificate: "Certificate") -> dict[str, str]:
         "scalar": certificate.scalar,
         "plan": certificate.plan,
         "source": certificate.source,
+        "bounded by": certificate.bounded_by,
         "pages read": f"{count_text(certificate.pages_read)} of {count_text(total)}",
         "cells scanned": count_text(certificate.cells_scanned),
         "bound at the stop": bound,
