@@ -129,6 +129,7 @@ def ingest(
     shuffle: int | None = None,
     append: bool = False,
     set_name: str = "base",
+    index: str | Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> "Store":
     """Run a model over a corpus and keep its activations.
@@ -172,6 +173,8 @@ def ingest(
         set_name: a name of its own adds locations, or the gradients of a further objective,
             to a store that has its base set; with None for the corpus, over everything that
             the store holds.
+        index: derived scalars to index once everything is stored, such as
+            ``mlp_act_times_grad``; see ``Store.index``.
         progress: called with phase, tokens done and tokens in all (0 if unknown).
 
     Returns:
@@ -204,7 +207,12 @@ def ingest(
     )
     from actstore.ingest import pipeline
     from actstore.ingest.model import load_model
+    from actstore.query.derived import scalar
 
+    indexed = [index] if isinstance(index, str) else list(index or ())
+    for name in indexed:
+        # A name that nobody knows is better refused before the model has run.
+        scalar(name)
     loaded = load_model(model, device=device, revision=revision)
     report = pipeline.ingest(
         loaded, _corpus(corpus, text_column, columns), _path(out), settings, progress
@@ -213,7 +221,8 @@ def ingest(
         raise KeyboardInterrupt(
             f"{report.stored:,} of {report.planned:,} tokens are stored; the same call goes on."
         )
-    return open(out)
+    store = open(out)
+    return store.index(indexed, progress=progress) if indexed else store
 
 
 def open(path: StorePath, *, objective: str | None = None) -> "Store":

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -199,6 +199,12 @@ def ingest(
     batch_tokens: BatchTokens = None,
     worker: Worker = "0/1",
     set_name: SetName = "base",
+    index: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--index", metavar="SCALAR", help="Index this derived scalar afterwards; repeatable."
+        ),
+    ] = None,
     as_json: AsReport = False,
     quiet: Quiet = False,
 ) -> None:
@@ -226,6 +232,11 @@ def ingest(
             "No corpus given. Name files, folders or globs after the model.",
             kind=ErrorKind.EMPTY_CORPUS,
         )
+    from actstore.query.derived import scalar
+
+    for name in index or []:
+        # A name that nobody knows is better refused before the model has run.
+        scalar(name)
     resume = f"actstore {shlex.join(typed.meta[ARGUMENTS])}"
     try:
         read = _corpus(corpus, text_column, columns)
@@ -233,6 +244,8 @@ def ingest(
 
         loaded = load_model(model, device=device, revision=revision)
         report, expected = run_ingest(loaded, read, out, settings, quiet=quiet)
+        if index and not report.interrupted:
+            _build(out, index, quiet=quiet)
     except KeyboardInterrupt:
         # Before the first segment, or a second time while the last one was being written.
         _print_stop(resume, as_json=as_json)
@@ -252,6 +265,14 @@ def ingest(
         _print_stop(resume, as_json=False)
     elif not quiet:
         print_next(out, report.missing)
+
+
+def _build(out: Path, index: list[str], *, quiet: bool) -> None:
+    """Index derived scalars of a store that has just been ingested."""
+    from actstore.query.index_building import build_indexes
+
+    with PhaseProgress("values", quiet=quiet) as progress:
+        build_indexes(out, index, progress=progress)
 
 
 def run_ingest(
