@@ -78,3 +78,16 @@ def test_the_page_about_scalars_of_your_own_runs(tmp_path: Path) -> None:
             exec(compile(snippet, "your_own_scalars.md", "exec"), names)  # noqa: S102 - our own page
         assert "mlp_weighted_attribution" in SCALARS
     assert "mlp_weighted_attribution" not in SCALARS
+
+
+def test_the_page_about_queries_runs(tmp_path: Path) -> None:
+    fresh_copy(tmp_path / "store", locations="full", objective="next_token_log_prob")
+    snippets = SNIPPET.findall((ROOT / "docs" / "queries.md").read_text())
+    assert len(snippets) >= 8
+    names: dict[str, object] = {"store": Store(tmp_path / "store")}
+    for snippet in snippets:
+        exec(compile(snippet, "queries.md", "exec"), names)  # noqa: S102 - our own page
+    store = names["store"]
+    assert isinstance(store, Store)
+    assert store.topk("mlp_act_times_grad", k=1).certificate.bounded_by.startswith("index")
+    store.close()
