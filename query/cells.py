@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from actstore.query.derived import DerivedScalar
-from actstore.query.planner import few_rows, row_windows, windows
+from actstore.query.planner import few_rows, row_windows
 from actstore.query.scored import Scored, score
 from actstore.query.selection import RowSelection, UnitSelection
+from actstore.query.value_readers import DerivedValues
 from actstore.query.zoned import Bounds, ZonedValues
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.unit_grid import PAGE_ROWS
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["CellBatch", "CellEffort", "ValueInterval", "select_cells"]
 
 _FEW_UNITS = 32
+_WINDOW_CELLS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,8 @@ class _Selection:
             return self._from_windows(found)
         if zoned is None or self._interval is None:
             self._effort.plan = "scan"
-            found = windows(self._scored, self._rows, self._units, self._max_cells)
-            return self._from_windows(found)
+            self._count(self._scanned_cells())
+            return self._from_scan()
         return self._from_zones(zoned, self._interval)
 
     def _count(self, cells: int) -> None:
@@ -195,11 +197,49 @@ class _Selection:
                 kind=ErrorKind.SQL_TIMEOUT,
             )
 
+    def _scanned_cells(self) -> int:
+        """Values that a scan looks at: whole chunks of units, or all units where they are derived."""
+        reader, rows = self._store.reader, self._rows
+        if rows.rows is None:
+            records = reader.commits["base"]
+            count = sum(records[segment].rows for segment in rows.segments(reader.segments))
+        else:
+            count = len(rows.rows)
+        return count * sum(self._read_columns(self._units.of(layer)) for layer in self._units.layers)
+
+    def _read_columns(self, units: npt.NDArray[np.int64]) -> int:
+        if isinstance(self._values, DerivedValues):
+            return self._units.columns if len(units) else 0
+        width = self._values.chunk_width
+        return min(len(np.unique(units // width)) * width, self._units.columns)
+
+    def _from_scan(self) -> Iterator[CellBatch]:
+        """The cells of all allowed rows; counted already."""
+        reader, width = self._store.reader, self._values.chunk_width
+        members = {layer: self._units.of(layer) for layer in self._units.layers}
+        chunks = {layer: np.unique(units // width) for layer, units in members.items()}
+        for segment in self._rows.segments(reader.segments):
+            length = reader.commits["base"][segment].rows
+            allowed = self._rows.allowed(segment, length)
+            for start, stop in self._values.extents(segment, length, _WINDOW_CELLS):
+                inside = np.flatnonzero(allowed[start:stop])
+                if not len(inside):
+                    continue
+                tokens = segment * reader.segment_rows + start + inside
+                for layer, units in members.items():
+                    if not len(units):
+                        continue
+                    self._count(0)
+                    of_layer = chunks[layer]
+                    block = self._values.block(segment, layer, start, stop, of_layer.tolist())
+                    column = np.searchsorted(of_layer, units // width) * width + units % width
+                    yield self._batch(layer, tokens, units, block[inside][:, column])
+
     def _from_windows(self, found: "Iterator[Window]") -> Iterator[CellBatch]:
-        counted = self._effort.plan == "rows"
+        """The cells of rows that were read by themselves; counted already."""
         for layer, tokens, values in found:
+            self._count(0)
             chosen = self._units.of(layer)
-            self._count(0 if counted else len(tokens) * len(chosen))
             yield self._batch(layer, tokens, chosen, values[:, chosen])
 
     def _batch(

@@ -278,10 +278,13 @@ class _LayerSearch:
             offsets = np.flatnonzero(special & within)
             return self._reader.cells(segment, self._layer, offsets, unit), offsets
         start, stop = self._extent(node)
-        chunk, inside = divmod(unit, self._width)
-        block = self._block(segment, start, stop, chunk)
-        mask = (within & ~special)[start:stop]
-        return block[mask, inside], start + np.flatnonzero(mask)
+        inside = np.flatnonzero((within & ~special)[start:stop])
+        if len(self._units) == 1:
+            values = self._reader.column(segment, self._layer, start, stop, unit)
+        else:
+            chunk, column = divmod(unit, self._width)
+            values = self._block(segment, start, stop, chunk)[:, column]
+        return values[inside], start + inside
 
     def _block(self, segment: int, start: int, stop: int, chunk: int) -> npt.NDArray[np.float32]:
         """A page's rows of a chunk of units: what one read costs, kept for its other units."""

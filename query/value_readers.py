@@ -70,6 +70,12 @@ class ValueReader(Protocol):
         """
         ...
 
+    def column(
+        self, segment: int, layer: int, start: int, stop: int, unit: int
+    ) -> npt.NDArray[np.float32]:
+        """One unit's rows ``start:stop`` of a segment, float32 ``(row,)``."""
+        ...
+
     def extents(self, segment: int, length: int, cells: int) -> Iterator[tuple[int, int]]:
         """Consecutive ranges of a segment's rows that are best read one after another.
 
@@ -143,6 +149,14 @@ class StoredValues:
         inside = wanted < columns
         return derived_value(self._spec.dtype.to_float32(raw[:, inside]), c[wanted[inside]])
 
+    def column(
+        self, segment: int, layer: int, start: int, stop: int, unit: int
+    ) -> npt.NDArray[np.float32]:
+        """See :meth:`ValueReader.column`."""
+        chunk, inside = divmod(unit, self.chunk_width)
+        raw = self._columns.reader.window(segment, layer, start, stop, [chunk])[:, inside]
+        return derived_value(self._spec.dtype.to_float32(raw), self._coefficients(layer)[unit])
+
     def extents(self, segment: int, length: int, cells: int) -> Iterator[tuple[int, int]]:
         """See :meth:`ValueReader.extents`."""
         step = max(1, cells // self._spec.columns // PAGE_ROWS) * PAGE_ROWS
@@ -195,6 +209,15 @@ class ProductValues:
         return _product(
             self._left.block(segment, layer, start, stop, chunks),
             self._right.block(segment, layer, start, stop, chunks),
+        )
+
+    def column(
+        self, segment: int, layer: int, start: int, stop: int, unit: int
+    ) -> npt.NDArray[np.float32]:
+        """See :meth:`ValueReader.column`."""
+        return _product(
+            self._left.column(segment, layer, start, stop, unit),
+            self._right.column(segment, layer, start, stop, unit),
         )
 
     def extents(self, segment: int, length: int, cells: int) -> Iterator[tuple[int, int]]:
@@ -275,6 +298,13 @@ class DerivedValues:
         width = self.chunk_width
         columns = (np.array(chunks)[:, None] * width + np.arange(width)).reshape(-1)
         return columns[columns < self._units]
+
+    def column(
+        self, segment: int, layer: int, start: int, stop: int, unit: int
+    ) -> npt.NDArray[np.float32]:
+        """See :meth:`ValueReader.column`."""
+        chunk, inside = divmod(unit, self.chunk_width)
+        return self.block(segment, layer, start, stop, [chunk])[:, inside]
 
     def extents(self, segment: int, length: int, cells: int) -> Iterator[tuple[int, int]]:
         """See :meth:`ValueReader.extents`: a sequence each, for what its layers share."""

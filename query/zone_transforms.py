@@ -108,6 +108,14 @@ class NormalisedValues:
             centre, scale = centre[wanted], scale[wanted]
         return _normalised(values, centre, scale)
 
+    def column(
+        self, segment: int, layer: int, start: int, stop: int, unit: int
+    ) -> npt.NDArray[np.float32]:
+        """See :meth:`ValueReader.column`."""
+        values = self._of.column(segment, layer, start, stop, unit)
+        centre, scale = self._scale(layer)
+        return _normalised(values, centre[unit], scale[unit])
+
     def extents(self, segment: int, length: int, cells: int) -> Iterator[tuple[int, int]]:
         """See :meth:`ValueReader.extents`."""
         return self._of.extents(segment, length, cells)
@@ -256,6 +264,12 @@ class CombinedValues:
             for at, unit in self._pairs
         ]
         return self._how.of(np.stack(columns))[:, None]
+
+    def column(
+        self, segment: int, layer: int, start: int, stop: int, unit: int
+    ) -> npt.NDArray[np.float32]:
+        """See :meth:`ValueReader.column`."""
+        return self.block(segment, layer, start, stop)[:, 0]
 
     def extents(self, segment: int, length: int, cells: int) -> Iterator[tuple[int, int]]:
         """See :meth:`ValueReader.extents`."""

@@ -16,6 +16,7 @@ The numbers behind these choices are in ``docs/decisions/001-layout.md``.
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -141,23 +142,23 @@ class ArraySpec(UnitGrid):
         """The location's name."""
         return self.location.label
 
-    @property
+    @cached_property
     def key(self) -> str:
         """``<location>/<pass>[@<variant>]``: the path below ``arrays/`` and ``zones/``."""
         variant = f"@{self.variant}" if self.variant else ""
         return f"{self.location}/{self.pass_type}{variant}"
 
-    @property
+    @cached_property
     def has_zones(self) -> bool:
         """Whether units are columns that people rank: neurons and head channels."""
         return self.location.is_ranked_by_unit
 
-    @property
+    @cached_property
     def is_compressed(self) -> bool:
         """Whether inner chunks are compressed: pair-shaped arrays, of which half is empty."""
         return self.location.is_pair_shaped
 
-    @property
+    @cached_property
     def chunk_rows(self) -> int:
         """Token rows of an inner chunk; divides ``segment_rows``."""
         if self.location.is_pair_shaped:
@@ -165,26 +166,26 @@ class ArraySpec(UnitGrid):
         by_row = self.location.axes[-1] in (Dimension.CHANNEL, Dimension.VOCABULARY)
         return math.gcd(self.segment_rows, _RESIDUAL_CHUNK_ROWS if by_row else _NODE_CHUNK_ROWS)
 
-    @property
+    @cached_property
     def chunk_width(self) -> int:
         """Columns of an inner chunk."""
         if len(self.unit_shape) > 1:
             return self.unit_shape[-1]
         return _COLUMN_CHUNK if self.has_zones else self.columns
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Size of an inner chunk."""
         return self.chunk_rows * self.chunk_width * self.dtype.storage.itemsize
 
-    @property
+    @cached_property
     def checksum_rows(self) -> int:
         """Rows of a chunk under one checksum: a power of two, about 4 KiB, at most 64."""
         row = self.chunk_width * self.dtype.storage.itemsize
         fitting = max(1, _CHECKSUM_BYTES // row)
         return min(_CHECKSUM_ROWS, 1 << (fitting.bit_length() - 1))
 
-    @property
+    @cached_property
     def layers_per_shard(self) -> int:
         """Layers of one shard: as many as keep it within 256 MiB."""
         per_layer = self.row_chunks * self.column_chunks * self.chunk_bytes

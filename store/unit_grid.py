@@ -7,6 +7,7 @@ values themselves are kept, if they are.
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from actstore.store.vocabulary import PassType
@@ -62,7 +63,7 @@ class UnitGrid(ABC):
     def chunk_width(self) -> int:
         """Columns that lie together."""
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Values per token and layer."""
         return math.prod(self.unit_shape)
@@ -72,17 +73,17 @@ class UnitGrid(ABC):
         """Number of tensors: 1 for a place outside the blocks."""
         return 1 if self.layers is None else self.layers
 
-    @property
+    @cached_property
     def row_chunks(self) -> int:
         """Chunks along the tokens of a segment."""
         return self.segment_rows // self.chunk_rows
 
-    @property
+    @cached_property
     def column_chunks(self) -> int:
         """Chunks along the columns."""
         return -(-self.columns // self.chunk_width)
 
-    @property
+    @cached_property
     def pages(self) -> int:
         """Pages of a segment."""
         return self.segment_rows // PAGE_ROWS
