@@ -109,7 +109,7 @@ def score(store: "OpenStore", declared: DerivedScalar, few_units: bool = False) 
     array = _stored(store, scaled)
     if array is not None:
         c = partial(store.coefficients, declared)
-        copy = getattr(store.reader, "column_copies", {}).get(_place(array)) if few_units else None
+        copy = store.reader.column_copies.get(_place(array)) if few_units else None
         values: ValueReader = StoredValues(array, c, copy)
         if own is None and array.spec.has_zones:
             zones = ZoneMapped(array, store.unit_index(array), c, values)

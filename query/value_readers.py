@@ -179,8 +179,7 @@ class StoredValues:
         self, segment: int, layer: int, start: int, stop: int, chunks: Sequence[int]
     ) -> None:
         """See :meth:`ValueReader.prefetch`."""
-        if hasattr(self._columns.reader, "prefetch"):
-            self._columns.reader.prefetch(segment, layer, start, stop, chunks)
+        self._columns.reader.prefetch(segment, layer, start, stop, chunks)
 
 
 class ProductValues:

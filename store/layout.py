@@ -100,6 +100,8 @@ class ArraySpec(UnitGrid):
         variant: name of the set, where another set has an array of the same place; gradients
             outside the base set always have it.
         objective: name of what a backward array is the gradient of; None of a forward one.
+        copy_of: key of the array whose values these are, by column: chunks of one column and all
+            rows of a segment; None of an array of its own.
     """
 
     location: ActivationLocationType
@@ -110,6 +112,7 @@ class ArraySpec(UnitGrid):
     segment_rows: int
     variant: str = ""
     objective: str | None = None
+    copy_of: str | None = None
 
     def __post_init__(self) -> None:
         if self.objective is not None and self.pass_type is not PassType.BACKWARD:
@@ -151,7 +154,7 @@ class ArraySpec(UnitGrid):
     @cached_property
     def has_zones(self) -> bool:
         """Whether units are columns that people rank: neurons and head channels."""
-        return self.location.is_ranked_by_unit
+        return self.location.is_ranked_by_unit and self.copy_of is None
 
     @cached_property
     def is_compressed(self) -> bool:
@@ -161,6 +164,8 @@ class ArraySpec(UnitGrid):
     @cached_property
     def chunk_rows(self) -> int:
         """Token rows of an inner chunk; divides ``segment_rows``."""
+        if self.copy_of is not None:
+            return self.segment_rows
         if self.location.is_pair_shaped:
             return _PAIR_CHUNK_ROWS
         by_row = self.location.axes[-1] in (Dimension.CHANNEL, Dimension.VOCABULARY)
@@ -169,6 +174,8 @@ class ArraySpec(UnitGrid):
     @cached_property
     def chunk_width(self) -> int:
         """Columns of an inner chunk."""
+        if self.copy_of is not None:
+            return 1
         if len(self.unit_shape) > 1:
             return self.unit_shape[-1]
         return _COLUMN_CHUNK if self.has_zones else self.columns
@@ -180,8 +187,10 @@ class ArraySpec(UnitGrid):
 
     @cached_property
     def checksum_rows(self) -> int:
-        """Rows of a chunk under one checksum: a power of two, about 4 KiB, at most 64."""
+        """Rows of a chunk under one checksum: about 4 KiB, at most 64 but in a single column."""
         row = self.chunk_width * self.dtype.storage.itemsize
+        if self.copy_of is not None:
+            return math.gcd(self.segment_rows, _CHECKSUM_BYTES // row)
         fitting = max(1, _CHECKSUM_BYTES // row)
         return min(_CHECKSUM_ROWS, 1 << (fitting.bit_length() - 1))
 
@@ -239,7 +248,7 @@ class ArraySpec(UnitGrid):
 
     def to_json(self) -> dict[str, Any]:
         """The members of a set record that describe this array."""
-        fields = {
+        fields: dict[str, Any] = {
             "location": self.location.label,
             "pass": self.pass_type.value,
             "layers": self.layers,
@@ -247,7 +256,11 @@ class ArraySpec(UnitGrid):
             "dtype": self.dtype.value,
             "variant": self.variant,
         }
-        return fields if self.objective is None else {**fields, "objective": self.objective}
+        if self.objective is not None:
+            fields["objective"] = self.objective
+        if self.copy_of is not None:
+            fields["copy_of"] = self.copy_of
+        return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], segment_rows: int) -> "ArraySpec":
@@ -261,6 +274,7 @@ class ArraySpec(UnitGrid):
             segment_rows=segment_rows,
             variant=fields["variant"],
             objective=fields.get("objective"),
+            copy_of=fields.get("copy_of"),
         )
 
 
@@ -293,6 +307,7 @@ def array_metadata(spec: ArraySpec, segments: int) -> bytes:
             "logical_dtype": spec.dtype.value,
             "meaning": spec.location.meaning,
             **({} if spec.objective is None else {"objective": spec.objective}),
+            **({} if spec.copy_of is None else {"copy_of": spec.copy_of}),
         },
     )
 

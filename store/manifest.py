@@ -197,6 +197,7 @@ class SetRecord:
         latents: autoencoders of one location, by layer, whose latents are kept.
         files: further files that belong to the set as a whole.
         indexes: indexes of derived scalars.
+        copies: copies by column of arrays of other sets.
     """
 
     name: str
@@ -206,12 +207,14 @@ class SetRecord:
     latents: tuple[LatentSpec, ...] = ()
     files: tuple[FileEntry, ...] = ()
     indexes: tuple[IndexSpec, ...] = ()
+    copies: tuple[ArraySpec, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.indexes and (self.arrays or self.latents):
+        kinds = [self.arrays, self.latents, self.indexes, self.copies]
+        if (self.indexes or self.copies) and sum(map(bool, kinds)) > 1:
             raise InvalidInput(
-                f"Set {self.name!r} would hold indexes and something else; those have a set of "
-                "their own.",
+                f"Set {self.name!r} would hold indexes or copies and something else; those have a "
+                "set of their own.",
                 kind=ErrorKind.INVALID_ARGUMENT,
             )
         objectives = {spec.objective for spec in self.arrays if spec.objective is not None}
@@ -256,6 +259,8 @@ class SetRecord:
         if self.latents:
             fields["latents"] = [spec.to_json() for spec in self.latents]
             fields["files"] = [entry.to_json() for entry in self.files]
+        if self.copies:
+            fields["copies"] = [spec.to_json() for spec in self.copies]
         if self.indexes:
             fields["indexes"] = [spec.to_json() for spec in self.indexes]
         return encode_record(fields)
@@ -284,6 +289,9 @@ class SetRecord:
                 replaces=tuple(fields["replaces"]),
                 latents=tuple(LatentSpec.from_json(one) for one in fields.get("latents", [])),
                 files=tuple(FileEntry.from_json(entry) for entry in fields.get("files", [])),
+                copies=tuple(
+                    ArraySpec.from_json(one, segment_rows) for one in fields.get("copies", [])
+                ),
                 indexes=tuple(
                     IndexSpec.from_json(one, segment_rows) for one in fields.get("indexes", [])
                 ),

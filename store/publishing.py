@@ -153,10 +153,11 @@ def token_id_path(segment: int) -> str:
 
 def segment_files(set_record: SetRecord, segment: int) -> set[str]:
     """The paths of all that a segment of a set consists of, but its commit record."""
-    paths = {spec.zone_path(segment) for spec in set_record.arrays}
+    stored = [*set_record.arrays, *set_record.copies]
+    paths = {spec.zone_path(segment) for spec in stored}
     paths |= {spec.zone_path(segment) for spec in set_record.indexes}
     paths |= {set_record.latent_path(spec.layer, segment) for spec in set_record.latents}
-    for spec in set_record.arrays:
+    for spec in stored:
         paths |= {spec.shard_path(shard, segment) for shard in range(spec.shards)}
     if set_record.name == BASE_SET:
         paths |= {token_id_path(segment), part_path(segment)}
@@ -170,8 +171,9 @@ def metadata_files(set_record: SetRecord, segments: int) -> dict[str, bytes]:
         set_record: the set.
         segments: segments of all plans: the length of the token axis in segments.
     """
-    files = {"arrays/zarr.json": group_metadata()} if set_record.arrays else {}
-    for spec in set_record.arrays:
+    stored = [*set_record.arrays, *set_record.copies]
+    files = {"arrays/zarr.json": group_metadata()} if stored else {}
+    for spec in stored:
         files[f"arrays/{spec.location.label}/zarr.json"] = group_metadata()
         files[f"arrays/{spec.key}/zarr.json"] = array_metadata(spec, segments)
     if set_record.name == BASE_SET:

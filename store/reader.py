@@ -275,6 +275,21 @@ class StoreReader:
             for spec in record.indexes
         }
 
+    @cached_property
+    def column_copies(self) -> Mapping[tuple[ActivationLocationType, PassType], StoredArray]:
+        """Location and pass -> copy by column of the array that is read there.
+
+        Only those that hold every committed segment, and were made from that very array.
+        """
+        found: dict[tuple[ActivationLocationType, PassType], StoredArray] = {}
+        for name, record in sorted(self.sets.items()):
+            for spec in record.copies:
+                place = (spec.location, spec.pass_type)
+                of, copy = self.arrays.get(place), StoredArray(spec, self, self.commits[name])
+                if of is not None and of.spec.key == spec.copy_of and copy.segments == of.segments:
+                    found.setdefault(place, copy)
+        return found
+
     @property
     def every_described(self) -> list[DescribedUnits]:
         """All that has zone maps: arrays of all sets, and indexes of derived scalars."""

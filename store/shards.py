@@ -149,6 +149,43 @@ class ShardReader:
             row += count
         return result if chunks is not None else result[:, : spec.columns]
 
+    def prefetch(
+        self, segment: int, layer: int, start: int, stop: int, chunks: Sequence[int]
+    ) -> None:
+        """Announce the bytes that the same :meth:`window` reads; the disk may fetch them now.
+
+        Of a compressed array nothing is announced: where its chunks are has to be read first.
+        """
+        spec = self.spec
+        stop = min(stop, self._rows_of(segment))
+        if spec.is_compressed or start >= stop:
+            return
+        descriptor = self._files.get(spec.shard_path(layer // spec.layers_per_shard, segment))
+        wanted = np.array(chunks, np.int64)
+        for row_chunk in range(start // spec.chunk_rows, (stop - 1) // spec.chunk_rows + 1):
+            base = row_chunk * spec.chunk_rows
+            first = max(start - base, 0) // spec.checksum_rows
+            end = -(-min(stop - base, spec.chunk_rows) // spec.checksum_rows)
+            starts = self._starts(segment, layer, row_chunk, wanted, first)
+            length = (end - first) * self._block_bytes
+            for at in starts.tolist():
+                os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
+
+    def _starts(
+        self,
+        segment: int,
+        layer: int,
+        row_chunk: npt.NDArray[np.int64] | int,
+        column_chunk: npt.NDArray[np.int64],
+        first: npt.NDArray[np.int64] | int,
+    ) -> npt.NDArray[np.int64]:
+        """Where blocks begin in their shard's file, by chunk and number in the chunk."""
+        spec = self.spec
+        present = spec.present_row_chunks(self._rows_of(segment))
+        row = (layer % spec.layers_per_shard) * present + row_chunk
+        chunk = row * spec.column_chunks + column_chunk
+        return chunk * spec.chunk_bytes + first * self._block_bytes
+
     def rows(self, layer: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Any global rows, in any order, repeats allowed.
 
@@ -240,11 +277,7 @@ class ShardReader:
         data: npt.NDArray[np.uint8],
     ) -> npt.NDArray[np.int64]:
         """Fill ``data (place, byte)`` from the file; returns where each place begins in it."""
-        spec = self.spec
-        present = spec.present_row_chunks(self._rows_of(segment))
-        row_chunk = (layer % spec.layers_per_shard) * present + places.row_chunk
-        chunk = row_chunk * spec.column_chunks + places.column_chunk
-        starts = chunk * spec.chunk_bytes + places.first * self._block_bytes
+        starts = self._starts(segment, layer, places.row_chunk, places.column_chunk, places.first)
         length = data.shape[1]
         descriptor = self._files.get(shard)
         # Where each span is in the file, and where its bytes go.

@@ -54,6 +54,11 @@ class UnitGrid(ABC):
         """Whether units have zone maps, lists and moments."""
 
     @property
+    def has_histogram(self) -> bool:
+        """Whether units have histograms."""
+        return False
+
+    @property
     @abstractmethod
     def chunk_rows(self) -> int:
         """Token rows that lie together; divides ``segment_rows``."""

@@ -313,7 +313,7 @@ class _Contents:
     def _metadata(self, path: str, record: SetRecord, least: int) -> int:
         data = self._blobs.read(path)
         rows = token_rows(data, path)
-        segments = rows // record.arrays[0].segment_rows
+        segments = rows // (*record.arrays, *record.copies)[0].segment_rows
         expected = metadata_files(record, segments)[path]
         too_many = self._known_segments is not None and segments > self._known_segments
         if data != expected or (rows and (segments < least or too_many)):
