@@ -205,7 +205,9 @@ class _Selection:
             count = sum(records[segment].rows for segment in rows.segments(reader.segments))
         else:
             count = len(rows.rows)
-        return count * sum(self._read_columns(self._units.of(layer)) for layer in self._units.layers)
+        return count * sum(
+            self._read_columns(self._units.of(layer)) for layer in self._units.layers
+        )
 
     def _read_columns(self, units: npt.NDArray[np.int64]) -> int:
         if isinstance(self._values, DerivedValues):
@@ -302,7 +304,7 @@ class _Selection:
             chunks = np.unique(wanted // width)
             self._effort.pages_read += len(chunks)
             self._effort.pages_pruned -= len(chunks)
-            self._count(len(inside) * len(chunks) * width)
+            self._count(len(inside) * min(len(chunks) * width, self._units.columns))
             block = self._values.block(segment, layer, start, stop, chunks.tolist())
             column = np.searchsorted(chunks, wanted // width) * width + wanted % width
             yield self._batch(layer, first + start + inside, wanted, block[inside][:, column])

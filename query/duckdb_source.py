@@ -6,10 +6,11 @@ every predicate as a tree and lets the source take it. The protocol is not publi
 predicates, and as text. Whatever a source takes DuckDB does not look at again.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import duckdb
 import pyarrow as pa
@@ -93,7 +94,7 @@ def register_table(
         public: use public calls alone; by default where DuckDB has no source protocol.
     """
     if has_source_protocol() if public is None else not public:
-        register: Callable[[str, object], object] = connection._register_arrow_source  # type: ignore[attr-defined]
+        register: Callable[[str, object], object] = connection._register_arrow_source
         register(name, _source(table))
     else:
         connection.register(name, _PublicDataset(table))
@@ -162,28 +163,32 @@ def predicate_of(node: "Node") -> Predicate | None:
             if parts[0] is None or parts[1] is None:
                 return None
             return And((parts[0], parts[1])) if operator == "AND" else Or((parts[0], parts[1]))
-        case nodes.Binary(op=operator, left=nodes.Col(parts=(name,)), right=nodes.Lit() as constant):
+        case nodes.Binary(
+            op=operator, left=nodes.Col(parts=(name,)), right=nodes.Lit() as constant
+        ):
             return _comparison(name, operator, constant.value)
         case nodes.Unary(op="NOT", operand=inner):
             found = predicate_of(inner)
             return None if found is None else negated(found)
-        case nodes.Postfix(op="IS NULL" | "IS NOT NULL" as operator, operand=nodes.Col(parts=(name,))):
+        case nodes.Postfix(
+            op="IS NULL" | "IS NOT NULL" as operator, operand=nodes.Col(parts=(name,))
+        ):
             return IsNull(name, operator == "IS NOT NULL")
         case nodes.In(operand=nodes.Col(parts=(name,)), values=values):
-            constants = [value.value if isinstance(value, nodes.Lit) else None for value in values]
-            if not constants or not all(_is_number(value) for value in constants):
-                return None
-            return Membership(name, tuple(constants))
+            found_values = [one.value for one in values if isinstance(one, nodes.Lit)]
+            constants = tuple(value for value in found_values if _is_number(value))
+            whole = len(constants) == len(values) > 0
+            return Membership(name, constants) if whole else None
     return None
 
 
 def _comparison(name: str, operator: str, constant: object) -> Predicate | None:
     known = operator in ("=", "!=", "<", "<=", ">", ">=")
-    return Comparison(name, operator, constant) if known and _is_number(constant) else None  # type: ignore[arg-type]
+    return Comparison(name, operator, constant) if known and _is_number(constant) else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and value == value
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not math.isnan(value)
 
 
 # The public route

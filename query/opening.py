@@ -147,7 +147,7 @@ class OpenStore:
     def _sql(self) -> "Sql":
         from actstore.query.sql import Sql
 
-        return Sql(self.reader)
+        return Sql(self.reader, self)
 
     def rows_where(self, where: str) -> npt.NDArray[np.int64]:
         """Ascending global rows that a SQL predicate allows; see :meth:`Sql.rows_where`."""

@@ -14,7 +14,8 @@ from actstore.query.derived.config import DstConfig
 from actstore.query.derived.evaluation import PLAIN
 from actstore.query.inventory import LocationInfo, StoreInfo, list_locations, summarise
 from actstore.query.latent_sets import Latents, read_latents
-from actstore.query.store_tensors import Numbers, ScalarName, StoreTensors
+from actstore.query.store_tensors import Numbers, ScalarName
+from actstore.query.store_units import StoreUnits
 from actstore.store.errors import ErrorKind, InvalidInput
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Store"]
 
 
-class Store(StoreTensors):
+class Store(StoreUnits):
     """An open store: the committed segments at the moment of opening, and nothing else.
 
     Args:

@@ -1,25 +1,37 @@
-"""SQL over the metadata of an open store: documents, tokens, neurons, lists, statistics.
+"""SQL over an open store: its metadata, and every derived scalar as a table.
 
 Queries run in DuckDB over a snapshot of what the reader sees. The connection is
 read-only and reaches nothing outside the snapshot; that guards against mistakes of a
-person at their own store, not against hostile queries.
+person at their own store, not against hostile queries. The tables of derived scalars
+are read when a query scans them (:mod:`actstore.query.scalar_tables`); each query has a
+connection of its own, to which those that it names are known.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore.query.scalar_tables import Budget, named_scalars, register_scalars
+from actstore.query.sql_hints import find_hint
+from actstore.query.sql_promotion import PROMOTION_FUNCTIONS, Promotion
 from actstore.store.errors import ActstoreError, ErrorKind, InvalidInput, StoreDamaged
 from actstore.store.reader import StoreReader
 from actstore.store.snapshot import Snapshot, open_snapshot
 
-__all__ = ["Sql"]
+if TYPE_CHECKING:
+    from actstore.query.opening import OpenStore
+
+__all__ = ["SQL_CELLS", "Sql"]
+
+SQL_CELLS = 200_000_000
+"""Values of derived scalars that one query may look at unless told otherwise."""
 
 Parameters = Sequence[Any] | Mapping[str, Any] | None
 
@@ -27,19 +39,48 @@ _ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 _UNIT_COLUMNS = {"neurons": "neuron", "heads": "head", "latents": "latent"}
 _ROWS = "tokens JOIN sequences USING (sequence, document) JOIN documents USING (document)"
 
+# A macro's parameter may not share a column's name.
+_TOP_TOKENS = """
+CREATE OR REPLACE TEMP MACRO top_tokens(_layer, _neuron, _k) AS TABLE
+    SELECT best.token, best.value, tokens.text, tokens.sequence, tokens.position
+    FROM (
+        SELECT token, value FROM mlp_post_act
+        WHERE layer = _layer AND neuron = _neuron AND NOT special
+        ORDER BY value DESC LIMIT _k
+    ) AS best JOIN tokens ON tokens.token = best.token
+    ORDER BY best.value DESC, best.token
+"""
+_MACRO, _MACRO_TABLE = "top_tokens", "mlp_post_act"
+
 
 class Sql:
     """SQL over an open store.
 
+    Besides the snapshot's tables and ``context(token, before, after)`` there are, with a
+    store: every derived scalar with a ranking as a table, ``top_tokens(layer, neuron, k)``
+    (the ordinary tokens at which a neuron is greatest, from ``mlp_post_act``),
+    ``promotes(layer, neuron, text)`` and ``promotes_rank(layer, neuron, text)``.
+
     Args:
         reader: the store; the tables hold what it sees as committed.
+        store: the same, with its derived scalars; None for the metadata alone.
+
+    Attributes:
+        max_cells: values of derived scalars that one query may look at.
+        seconds: longest time for which a scan of one may read; None for any.
+        last: what the query that was asked last looked at; None before one named a scalar.
 
     Raises:
         StoreDamaged: the snapshot, or a file that one is made from, fails its checksum.
     """
 
-    def __init__(self, reader: StoreReader) -> None:
+    max_cells: int = SQL_CELLS
+    seconds: float | None = None
+    last: Budget | None = None
+
+    def __init__(self, reader: StoreReader, store: "OpenStore | None" = None) -> None:
         self._reader = reader
+        self._store = store
         self.snapshot: Snapshot = open_snapshot(reader)
 
     @property
@@ -71,13 +112,20 @@ class Sql:
 
         Returns:
             A relation with ``fetchall``, ``df``, ``pl``, ``to_arrow_table`` and more; what
-            goes wrong while it is fetched is DuckDB's own error.
+            goes wrong while it is fetched is DuckDB's own error, which says why.
 
         Raises:
             InvalidInput: the query is not valid; the message is DuckDB's.
             StoreDamaged: a block of the snapshot fails its checksum.
         """
+        return self._prepared(query, parameters)[0]
+
+    def _prepared(
+        self, query: str, parameters: Parameters
+    ) -> "tuple[duckdb.DuckDBPyRelation, Budget]":
+        """The relation of a query, and what it may look at."""
         cursor = self.connection.cursor()
+        budget = Budget(self.max_cells, self.seconds)
         with _translated(query):
             statements = cursor.extract_statements(query)
             if len(statements) != 1:
@@ -87,7 +135,49 @@ class Sql:
                 raise _invalid(
                     f"{query!r} is a {kind} statement; a store is only read: use SELECT."
                 )
-            return cursor.sql(query, params=parameters)
+            if self._store is not None:
+                is_select = statements[0].type is duckdb.StatementType.SELECT
+                self._register(self._store, cursor, query, parameters, budget, is_select)
+            return cursor.sql(query, params=parameters), budget
+
+    def _register(
+        self,
+        store: "OpenStore",
+        cursor: duckdb.DuckDBPyConnection,
+        query: str,
+        parameters: Parameters,
+        budget: Budget,
+        is_select: bool,
+    ) -> None:
+        """Make what a query names known to its connection, and look for how little it needs."""
+        lowered = query.lower()
+        if any(name in lowered for name in PROMOTION_FUNCTIONS):
+            self._promotion.register(self.connection)
+        has_macro = _MACRO in lowered
+        named = named_scalars(store, f"{query} {_MACRO_TABLE}" if has_macro else query)
+        # What the snapshot has goes by its own name.
+        named = {name: one for name, one in named.items() if name not in self._tables}
+        if not named:
+            return
+        tables = register_scalars(cursor, store, named, budget)
+        self.last = budget
+        if has_macro:
+            cursor.execute(_TOP_TOKENS)
+        if is_select and ("limit" in lowered or has_macro):
+            macros = {_MACRO: True} if has_macro else {}
+            hint = find_hint(cursor, query, parameters, named.keys(), macros)
+            for table in tables:
+                table.hint = hint
+
+    @cached_property
+    def _promotion(self) -> Promotion:
+        return Promotion(self._reader.root)
+
+    @cached_property
+    def _tables(self) -> frozenset[str]:
+        """Names of the snapshot's tables and views."""
+        rows = self.connection.cursor().execute("SELECT table_name FROM information_schema.tables")
+        return frozenset(name.lower() for (name,) in rows.fetchall())
 
     def fetch(self, query: str, parameters: Parameters = None) -> pa.Table:
         """The whole result of one query; errors at run time are the store's own too.
@@ -100,8 +190,8 @@ class Sql:
             InvalidInput: the query is not valid, or fails on a value.
             StoreDamaged: a block of the snapshot fails its checksum.
         """
-        relation = self.relation(query, parameters)
-        with _translated(query):
+        relation, budget = self._prepared(query, parameters)
+        with _translated(query, budget):
             return relation.to_arrow_table()
 
     def rows_where(self, where: str) -> npt.NDArray[np.int64]:
@@ -162,13 +252,15 @@ class Sql:
 
 
 @contextmanager
-def _translated(query: str) -> Iterator[None]:
+def _translated(query: str, budget: Budget | None = None) -> Iterator[None]:
     """DuckDB's errors as the store's own."""
     try:
         yield
     except ActstoreError:
         raise
     except duckdb.Error as error:
+        if budget is not None and budget.error is not None:
+            raise budget.error from error
         if str(error).startswith("Corrupt database file"):
             raise StoreDamaged(
                 f"The snapshot is damaged: {error}. Run `actstore compact` to make it again.",

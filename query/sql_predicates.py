@@ -216,5 +216,6 @@ def _wide(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _is_known(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     if values.dtype.kind == "f":
-        return ~np.isnan(values)
+        known: npt.NDArray[np.bool_] = ~np.isnan(values)
+        return known
     return np.ones(values.shape, bool)

@@ -6,16 +6,21 @@ lies together and is read with one or two verified blocks::
 
     zones/<location>/<pass>/index-<coverage>.sections
 
-===================  ======================  ==============================================
-section, per layer   shape                   meaning
-===================  ======================  ==============================================
-``lists.<layer>``    (unit, bytes)           a record per unit: ``proven`` (2 tails) uint16,
-                                             ``complete`` (2) uint8, ``rows`` (2, depth),
-                                             ``keys`` (2, depth); tails are top, low
-``bounds.<layer>``   (unit, 4, segment)      keys: max, min over ordinary, then special rows
-``moments.<layer>``  (unit, 4)               mean, M2, M3, M4
-``counts.<layer>``   (unit, 3)               ordinary values, > 0, NaN
-===================  ======================  ==============================================
+======================  ======================  ===========================================
+section, per layer      shape                   meaning
+======================  ======================  ===========================================
+``lists.<layer>``       (unit, bytes)           a record per unit: ``proven`` (2 tails)
+                                                uint16, ``complete`` (2) uint8, ``rows``
+                                                (2, depth), ``keys`` (2, depth); tails are
+                                                top, low
+``bounds.<layer>``      (unit, 4, segment)      keys: max, min over ordinary, then special
+                                                rows
+``moments.<layer>``     (unit, 4)               mean, M2, M3, M4
+``counts.<layer>``      (unit, 3)               ordinary values, > 0, NaN
+``histograms.<layer>``  (unit, bytes)           see :mod:`actstore.store.histogram_sections`
+======================  ======================  ===========================================
+
+The index of a derived scalar has those of them that it was made with.
 """
 
 import os
@@ -31,11 +36,17 @@ import numpy.typing as npt
 from actstore.store.blobs import TEMPORARY_MARK
 from actstore.store.coverage import Coverage
 from actstore.store.errors import ErrorKind, StoreDamaged
+from actstore.store.histogram_sections import LayerHistograms, pack_histograms
 from actstore.store.index_fold import LayerIndex, Moments, fold_layer, list_depth
 from actstore.store.reader import DescribedUnits, StoreReader
 from actstore.store.records import well_formed
 from actstore.store.sections import SectionFile, encode_sections
 from actstore.store.unit_grid import UnitGrid
+from actstore.store.unit_histograms import (
+    MERGED_SECTION,
+    fold_histograms,
+    merged_histograms,
+)
 from actstore.store.unit_lists import NO_ROW, TAILS, Tail, UnitLists
 
 __all__ = [
@@ -48,6 +59,7 @@ __all__ = [
 ]
 
 _CACHE_BYTES = 256 * 2**20
+_ZONE_SECTIONS = ("lists", "bounds", "moments", "counts")
 _DENSE = 8
 """A layer is read whole when at least one in so many of its units is asked for."""
 
@@ -113,8 +125,12 @@ class IndexFile:
         """Moments ``(unit, 4)`` and counts ``(unit, 3)``."""
         return self._file.read(f"moments.{layer}"), self._file.read(f"counts.{layer}")
 
+    def histograms(self, layer: int) -> LayerHistograms:
+        """The histograms of all units."""
+        return merged_histograms(self._file, layer)
+
     def layer(self, layer: int) -> LayerIndex:
-        """Everything about a layer."""
+        """Everything about a layer but its histograms."""
         moments, counts = self.moments(layer)
         return LayerIndex(
             self.lists(layer, "top", None),
@@ -218,17 +234,22 @@ class _LayerSections(Mapping[str, npt.NDArray[Any]]):
         self._rest = [segment for segment in array.segments if segment not in covered]
         self._row_dtype = row_dtype
         self._layer: tuple[int, LayerIndex] | None = None
+        self._names = (*(_ZONE_SECTIONS if array.spec.has_zones else ()),)
+        if array.spec.has_histogram:
+            self._names += (MERGED_SECTION,)
 
     def __iter__(self) -> Iterator[str]:
         for layer in range(self._array.spec.layer_count):
-            for name in ("lists", "bounds", "moments", "counts"):
+            for name in self._names:
                 yield f"{name}.{layer}"
 
     def __len__(self) -> int:
-        return 4 * self._array.spec.layer_count
+        return len(self._names) * self._array.spec.layer_count
 
     def __getitem__(self, section: str) -> npt.NDArray[Any]:
         name, _, number = section.partition(".")
+        if name == MERGED_SECTION:
+            return self._histograms(int(number))
         index = self._fold(int(number))
         if name == "lists":
             return _encode_lists(index, self._row_dtype)
@@ -240,6 +261,10 @@ class _LayerSections(Mapping[str, npt.NDArray[Any]]):
             beginning = self._older.layer(layer) if self._older else None
             self._layer = layer, fold_layer(self._array, self._rest, layer, beginning)
         return self._layer[1]
+
+    def _histograms(self, layer: int) -> npt.NDArray[np.uint8]:
+        beginning = self._older.histograms(layer) if self._older else None
+        return pack_histograms(fold_histograms(self._array, self._rest, layer, beginning))
 
 
 class _Sized(Protocol):

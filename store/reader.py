@@ -292,9 +292,9 @@ class StoreReader:
 
     @property
     def every_described(self) -> list[DescribedUnits]:
-        """All that has zone maps: arrays of all sets, and indexes of derived scalars."""
+        """All that is described by unit: arrays of all sets, and indexes of derived scalars."""
         described = [*self.every_array, *self.indexes.values()]
-        return [one for one in described if one.spec.has_zones]
+        return [one for one in described if one.spec.has_zones or one.spec.has_histogram]
 
     @property
     def every_array(self) -> list[StoredArray]:

@@ -26,7 +26,7 @@ __all__ = [
     "snapshot_records",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 """The form of the tables. Raise it whenever :mod:`actstore.store.tables` changes what it makes."""
 
 _PIECE = 8 * 2**20

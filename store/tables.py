@@ -16,17 +16,20 @@ from crc32c import crc32c
 from pyarrow import parquet
 
 from actstore.store.errors import ErrorKind, StoreDamaged
+from actstore.store.histogram_tables import current_indexes, histogram_rows
 from actstore.store.index import UnitIndex, open_unit_index
 from actstore.store.keys import highest_key, key_values, lowest_key
 from actstore.store.latent_reader import open_latent_sets
 from actstore.store.latent_tables import latent_rows, top_latent_rows
-from actstore.store.layout import ArraySpec, StoredDtype
+from actstore.store.layout import StoredDtype
 from actstore.store.model.pieces import vocabulary_pieces
 from actstore.store.model.readout import READOUT_KEY, read_readout
 from actstore.store.model.weights import ModelSnapshot, open_model
 from actstore.store.parts import part_path
 from actstore.store.publishing import BASE_SET
-from actstore.store.reader import StoredArray, StoreReader
+from actstore.store.reader import DescribedUnits, StoreReader
+from actstore.store.unit_grid import UnitGrid
+from actstore.store.unit_histograms import UnitHistograms
 from actstore.store.unit_lists import TAILS
 from actstore.store.vocabulary import ActivationLocationType, PassType
 
@@ -74,6 +77,10 @@ CREATE TABLE statistics (
     mean DOUBLE, variance DOUBLE, skewness DOUBLE, kurtosis DOUBLE,
     max FLOAT, min FLOAT, special_max FLOAT, special_min FLOAT
 );
+CREATE TABLE histograms (
+    location VARCHAR, pass VARCHAR, layer INTEGER, unit INTEGER,
+    bin INTEGER, low FLOAT, high FLOAT, count BIGINT
+);
 CREATE TABLE top_activations (
     location VARCHAR, pass VARCHAR, layer INTEGER, unit INTEGER, tail VARCHAR, rank INTEGER,
     token BIGINT, value FLOAT
@@ -116,8 +123,16 @@ def fill_tables(connection: duckdb.DuckDBPyConnection, reader: StoreReader) -> N
 
     zoned = [array for array in reader.arrays.values() if array.spec.has_zones]
     indexes = {array.spec.key: open_unit_index(reader, array) for array in zoned}
-    _insert(connection, "statistics", _statistics(zoned, indexes))
-    _insert(connection, "top_activations", _top_activations(zoned, indexes))
+    current = current_indexes(reader)
+    described: list[DescribedUnits] = [*zoned, *(one for one in current if one.spec.has_zones)]
+    for one in described[len(zoned) :]:
+        indexes[one.spec.key] = open_unit_index(reader, one)
+    _insert(connection, "statistics", _statistics(described, indexes))
+    _insert(connection, "top_activations", _top_activations(described, indexes))
+    for one in (one for one in current if one.spec.has_histogram):
+        counted = UnitHistograms(reader, one)
+        layers_of = range(one.spec.layer_count)
+        _insert(connection, "histograms", (histogram_rows(counted, layer) for layer in layers_of))
 
     dimensions, readout = open_model(reader.root).dimensions, _readout(reader)
     layers = range(dimensions.n_layers)
@@ -260,7 +275,7 @@ def _vocabulary(reader: StoreReader) -> dict[str, pa.Array]:
 
 
 def _statistics(
-    arrays: Iterable[StoredArray], indexes: Mapping[str, UnitIndex]
+    arrays: Iterable[DescribedUnits], indexes: Mapping[str, UnitIndex]
 ) -> Iterator[dict[str, Any]]:
     for array in arrays:
         spec = array.spec
@@ -301,7 +316,7 @@ def _nullable(values: npt.NDArray[np.float64]) -> pa.Array:
 
 
 def _top_activations(
-    arrays: Iterable[StoredArray], indexes: Mapping[str, UnitIndex]
+    arrays: Iterable[DescribedUnits], indexes: Mapping[str, UnitIndex]
 ) -> Iterator[dict[str, Any]]:
     """The first proven entries of both tails, ordered by unit, tail and rank."""
     for array in arrays:
@@ -326,9 +341,9 @@ def _top_activations(
             }
 
 
-def _labels(spec: ArraySpec, layer: int, count: int) -> dict[str, Any]:
+def _labels(spec: UnitGrid, layer: int, count: int) -> dict[str, Any]:
     return {
-        "location": pa.repeat(spec.location.label, count),
+        "location": pa.repeat(spec.label, count),
         "pass": pa.repeat(spec.pass_type.value, count),
         "layer": np.full(count, layer),
     }

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actstore.store.index_spec import ZONES
+from actstore.store.histogram_sections import describe_histograms
+from actstore.store.index_spec import HISTOGRAM, ZONES
 from actstore.store.layout import ArraySpec
 from actstore.store.shard_file import block_checksums
 from actstore.store.shards import SegmentBuffer
@@ -83,6 +84,8 @@ def describe_units(
         layers = range(len(buffer.chunks))
         tiles = [[part() for part in _tiles(buffer, special, layer)] for layer in layers]
         sections |= _join([_join_tiles(found) for found in tiles])
+    if HISTOGRAM in parts:
+        sections |= describe_histograms(buffer, special)
     return sections
 
 
