@@ -85,6 +85,11 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         return self.rows[index]
 
+    def _repr_html_(self) -> str | None:
+        from actstore.query.notebooks import examples_html
+
+        return examples_html(self)
+
     def to_json(self) -> dict[str, Any]:
         """``{"rows": [...], "certificate": {...}}``."""
         return {

@@ -113,6 +113,11 @@ class Answer(Columnar):
 class TopK(Answer):
     """The k best values, in order."""
 
+    def _repr_html_(self) -> str | None:
+        from actstore.query.notebooks import topk_html
+
+        return topk_html(self)
+
 
 class Cells(Answer):
     """The values in an interval, by layer, token and unit."""

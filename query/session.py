@@ -62,6 +62,11 @@ class Store(StoreUnits):
             f"stored: {', '.join(stored)}>"
         )
 
+    def _repr_html_(self) -> str | None:
+        from actstore.query.notebooks import store_html
+
+        return store_html(self)
+
     # What it holds
 
     @property

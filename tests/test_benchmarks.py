@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,10 @@ def load_package() -> ModuleType:
 
 benchmarks = load_package()
 harness = import_module("benchmarks.harness")
+peer_corpus = import_module("benchmarks.peer_corpus")
+peer_engine = import_module("benchmarks.peer_engine")
+peer_questions = import_module("benchmarks.peer_questions")
+stores = import_module("benchmarks.stores")
 
 DERIVED = {
     name
@@ -44,6 +50,32 @@ DERIVED = {
     and declared.latents is None
     and name not in ("logits", *map(str, OPTIONAL_LOCATIONS))
 }
+
+PEERS = (
+    "memmap + numpy",
+    "torch streaming",
+    "zarr-python",
+    "DuckDB over Parquet",
+    "DuckDB's own file",
+)
+
+
+def peer_ratios(*, model: bool) -> set[str]:
+    """Every peer over us on every question, and us over our own reads."""
+    left_out = {q for q in peer_questions.QUESTIONS if (q.gradient if model else q.over == "store")}
+    asked = [question for question in peer_questions.QUESTIONS if question not in left_out]
+    alone = [question.name for question in asked]
+    if not model:
+        alone += [f"{q.name}; before its index" for q in asked if q.gradient]
+        columns = [q for q in asked if q.over in ("neuron", "count") and not q.gradient]
+        alone += [f"{q.name}; column copy" for q in columns]
+    return {
+        f"{question.name}: {peer} over actstore, {state}"
+        for question in asked
+        for peer in PEERS
+        for state in ("cold", "warm")
+    } | {f"{name}: actstore over its reads at once, cold" for name in alone}
+
 
 EXPECTED = {
     "write": {"shards, share of the raw rate", "segment, share of the raw rate"},
@@ -85,6 +117,8 @@ EXPECTED = {
             "accumulated_resid, last token",
         )
     },
+    "peers": peer_ratios(model=False),
+    "peer_model": peer_ratios(model=True),
 }
 
 
@@ -176,3 +210,66 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     (fields,) = json.loads(report.read_text())
     assert fields["benchmark"] == "write"
     assert "share of the raw rate" in done.stdout
+
+
+def small_corpus(folder: Path) -> Any:
+    """2 x 512 tokens of 40 neurons, with gradients."""
+    return peer_corpus.synthetic_corpus(folder, 1024, 40, 64, 512, seed=0, grad=True, costs={})
+
+
+def test_activations_are_written_in_pieces_that_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    for name, rows in (("one", 4096 + 10), ("two", 4096 + 10), ("longer", 2 * 4096)):
+        stores.write_activations(tmp_path / name, rows, 24, seed=3)
+    one, two, longer = (
+        np.fromfile(tmp_path / name, np.float16).reshape(-1, 24)
+        for name in ("one", "two", "longer")
+    )
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one[:4096], longer[:4096])
+    assert not np.array_equal(one[4096:], one[:10])
+    values = longer.astype(np.float32) / longer.astype(np.float32).std(axis=0)
+    # GELU's floor, and bursts well beyond what noise reaches.
+    assert values.min() > -1
+    assert values.max() > 8
+
+
+def test_every_form_of_a_corpus_holds_the_same_values(tmp_path: Path) -> None:
+    corpus = small_corpus(tmp_path)
+    again = peer_corpus.corpus_of_store(corpus.store, tmp_path / "again")
+    np.testing.assert_array_equal(again.values(), corpus.values())
+    for name in ("sequence", "position", "document", "special"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(corpus, name))
+    assert peer_corpus.write_parquet(corpus) > 0
+    assert peer_corpus.write_table(corpus) > 0
+    with duckdb.connect(str(corpus.table), read_only=True) as connection:
+        rows = connection.sql(
+            "SELECT value, grad FROM activations ORDER BY neuron, sequence, position"
+        ).fetchnumpy()
+    ordinary = ~corpus.special
+    np.testing.assert_array_equal(rows["value"], corpus.values()[0, ordinary].T.reshape(-1))
+    np.testing.assert_array_equal(rows["grad"], corpus.gradient_values()[0, ordinary].T.reshape(-1))
+
+
+def test_the_reads_of_a_query_can_be_issued_again(tmp_path: Path) -> None:
+    corpus = small_corpus(tmp_path)
+    (place,) = peer_questions.draw_places(corpus, 1, seed=0)
+    engine = peer_engine.EngineSide(corpus)
+    with peer_engine.traced_reads() as reads:
+        engine.ask(peer_questions.QUESTIONS[0], place)
+    engine.close()
+    assert all(path.startswith(str(corpus.store)) for path, _, _ in reads)
+    again = peer_engine.ReadsAtOnce(reads, corpus)
+    with peer_engine.traced_reads() as repeated:
+        again.run()
+    again.close()
+    assert repeated == reads
+    assert (again.count, again.bytes) == (len(reads), sum(size for _, _, size in reads))
+
+
+def test_a_wrong_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = peer_engine.EngineSide.ask
+    monkeypatch.setattr(
+        peer_engine.EngineSide, "ask", lambda *arguments: right(*arguments) + np.float32(1)
+    )
+    with pytest.raises(AssertionError, match="actstore on one neuron, top 20"):
+        import_module("benchmarks.peers").run(1)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from actstore.ingest.objectives import Objective
     from actstore.ingest.preparation import Corpus
     from actstore.prompt import Prompt, RawActivationStore
+    from actstore.query.client import connect
     from actstore.query.derived.config import DstConfig
     from actstore.query.derived.declaration import DerivedScalar
     from actstore.query.derived.loading import load_scalars
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         temporary_scalars,
         unregister_scalar,
     )
+    from actstore.query.notebooks import view
     from actstore.query.session import Store
     from actstore.store.model.autoencoder_families import Autoencoders
     from actstore.store.model.autoencoder_formats import load_autoencoder
@@ -88,6 +90,7 @@ __all__ = [
     "Unavailable",
     "WriteFailed",
     "__version__",
+    "connect",
     "derived_scalar",
     "estimate",
     "ingest",
@@ -97,6 +100,7 @@ __all__ = [
     "register_scalar",
     "temporary_scalars",
     "unregister_scalar",
+    "view",
 ]
 
 __version__ = version("actstore")
@@ -384,12 +388,14 @@ _LAZY = {
     "RawActivationStore": "actstore.prompt",
     "Store": "actstore.query.session",
     "TraceConfig": "actstore.store.nodes",
+    "connect": "actstore.query.client",
     "derived_scalar": "actstore.query.derived.naming",
     "load_autoencoder": "actstore.store.model.autoencoder_formats",
     "load_scalars": "actstore.query.derived.loading",
     "register_scalar": "actstore.query.derived.registry",
     "temporary_scalars": "actstore.query.derived.registry",
     "unregister_scalar": "actstore.query.derived.registry",
+    "view": "actstore.query.notebooks",
 }
 """Public names -> their modules, imported when asked for: too heavy for every import."""
 

@@ -20,6 +20,7 @@ from actstore.cli import (
     ingesting,
     listing,
     querying,
+    serving,
     statements,
     thresholds,
     upkeep,
@@ -158,6 +159,13 @@ _register(
     "runs/gpt2 mlp_act_times_grad",
     "runs/gpt2 mlp_post_act --part histogram",
     "runs/gpt2 --columns mlp_post_act",
+)
+_register(
+    serving.serve,
+    "Answer over HTTP, and show pages in a browser.",
+    "runs/gpt2 --open",
+    "runs/gpt2 --model gpt2 -p 8321",
+    "runs/gpt2 --host 0.0.0.0 --token-file token.txt --allow-host lab.example",
 )
 _register(upkeep.verify, "Read every byte against its checksum.", "runs/gpt2")
 _register(upkeep.compact, "Merge what queries need of all segments.", "runs/gpt2")
