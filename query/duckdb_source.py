@@ -9,6 +9,7 @@ predicates, and as text. Whatever a source takes DuckDB does not look at again.
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -118,6 +119,12 @@ def _narrowed(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
 
 
 def _source(table: LazyTable) -> Any:
+    return _source_class()(table)
+
+
+@cache
+def _source_class() -> Any:
+    # Defined when it is first needed: a DuckDB without the protocol has no such base.
     from duckdb._sources import ArrowScanSource
 
     class _TableSource(ArrowScanSource):
@@ -125,18 +132,21 @@ def _source(table: LazyTable) -> Any:
 
         def __arrow_c_schema__(self) -> object:
             # Binding needs the columns; without this DuckDB would open a stream for them.
-            return table.schema.__arrow_c_schema__()
+            return self.obj.schema.__arrow_c_schema__()
 
         def rows(self) -> int | None:
+            table: LazyTable = self.obj
             return table.count()
 
         def accepts(self, predicate: "Node") -> bool:
             found = predicate_of(predicate)
+            table: LazyTable = self.obj
             return found is not None and table.accepts(found)
 
         def stream(
             self, columns: Sequence[int] | None, filters: "Sequence[Node]"
         ) -> tuple[object, bool]:
+            table: LazyTable = self.obj
             names = table.schema.names
             wanted = names if columns is None else [names[index] for index in columns]
             predicates = []
@@ -150,7 +160,7 @@ def _source(table: LazyTable) -> Any:
             reader = _stream(_narrowed(table.schema, wanted), batches)
             return reader.__arrow_c_stream__(), columns is not None
 
-    return _TableSource(None)
+    return _TableSource
 
 
 def predicate_of(node: "Node") -> Predicate | None:
@@ -229,7 +239,7 @@ class _PublicDataset(dataset.Dataset):  # type: ignore[misc]
             (batch if filter is None else batch.filter(filter)).select(wanted) for batch in found
         )
         schema = _narrowed(self._table.schema, wanted)
-        return dataset.Scanner.from_batches(_stream(schema, batches), schema=schema)
+        return dataset.Scanner.from_batches(_stream(schema, batches))
 
 
 _ATOM = re.compile(r"\((\w+) (==|!=|<=|>=|<|>) ([^\s()]+)\)|is_valid\(\w+\)")

@@ -9,11 +9,16 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import pyarrow as pa
+
 from actstore.query.views.colours import Scale
 from actstore.query.views.strips import TokenStrip, strip_of
 from actstore.store.errors import ErrorKind, InvalidInput
 
 if TYPE_CHECKING:
+    import altair as alt
+    from duckdb import DuckDBPyRelation
+
     from actstore.query.examples import Examples
     from actstore.query.neuron import Neuron
     from actstore.query.results import TopK
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "View",
+    "chart",
     "examples_html",
     "neuron_html",
     "store_html",
@@ -100,6 +106,35 @@ def neuron_html(found: "Neuron | NeuronCard") -> str | None:
     if isinstance(found, NeuronCard):
         return _fragment("neuron", view=found)
     return _fragment("neuron", view=NeuronCard.of(found._store, found.layer, found.neuron, k=6))
+
+
+def chart(answer: "pa.Table | DuckDBPyRelation") -> "alt.Chart":
+    """What fits the columns of a table, or of a query's answer, as an Altair chart.
+
+    A label and a number make bars, two numbers points or a line, one number a histogram.
+
+    Args:
+        answer: a table, or what ``store.sql`` returns.
+
+    Raises:
+        InvalidInput: nothing fits, or the ``viewer`` extra is not installed.
+    """
+    from actstore.query.views.charts import can_draw, suggest, suggested_chart
+
+    if not can_draw():
+        raise InvalidInput(
+            "Charts need the extra: pip install 'actstore[viewer]'.",
+            kind=ErrorKind.INVALID_ARGUMENT,
+        )
+    table = answer if isinstance(answer, pa.Table) else answer.to_arrow_table()
+    wanted = suggest(table)
+    if wanted is None:
+        raise InvalidInput(
+            f"No chart fits the columns {', '.join(table.column_names)} of {table.num_rows} rows; "
+            "give a label and a number, or numbers, of two rows at least.",
+            kind=ErrorKind.INVALID_ARGUMENT,
+        )
+    return suggested_chart(table, wanted)
 
 
 def _fragment(kind: str, **context: Any) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actstore.query.scalar_tables import Budget, named_scalars, register_scalars
+from actstore.query.scalar_tables import Budget, Hint, named_scalars, register_scalars
 from actstore.query.sql_hints import find_hint
 from actstore.query.sql_promotion import PROMOTION_FUNCTIONS, Promotion
 from actstore.store.errors import ActstoreError, ErrorKind, InvalidInput, StoreDamaged
@@ -50,6 +50,7 @@ CREATE OR REPLACE TEMP MACRO top_tokens(_layer, _neuron, _k) AS TABLE
     ) AS best JOIN tokens ON tokens.token = best.token
     ORDER BY best.value DESC, best.token
 """
+_KEPT_HINTS = 256
 _MACRO, _MACRO_TABLE = "top_tokens", "mlp_post_act"
 
 
@@ -138,7 +139,7 @@ class Sql:
             if self._store is not None:
                 is_select = statements[0].type is duckdb.StatementType.SELECT
                 self._register(self._store, cursor, query, parameters, budget, is_select)
-            return cursor.sql(query, params=parameters), budget
+            return cursor.sql(statements[0], params=parameters), budget
 
     def _register(
         self,
@@ -163,11 +164,31 @@ class Sql:
         self.last = budget
         if has_macro:
             cursor.execute(_TOP_TOKENS)
-        if is_select and ("limit" in lowered or has_macro):
-            macros = {_MACRO: True} if has_macro else {}
-            hint = find_hint(cursor, query, parameters, named.keys(), macros)
+        if is_select and (has_macro or ("limit" in lowered and "order" in lowered)):
+            hint = self._hint(cursor, query, parameters, frozenset(named), has_macro)
             for table in tables:
                 table.hint = hint
+
+    def _hint(
+        self,
+        cursor: duckdb.DuckDBPyConnection,
+        query: str,
+        parameters: Parameters,
+        scalars: frozenset[str],
+        has_macro: bool,
+    ) -> Hint | None:
+        """How little a query needs; found once for queries that are asked again."""
+        key = query, repr(parameters), scalars
+        if key not in self._hints:
+            while len(self._hints) >= _KEPT_HINTS:
+                self._hints.pop(next(iter(self._hints)), None)
+            macros = {_MACRO: True} if has_macro else {}
+            self._hints[key] = find_hint(cursor, query, parameters, scalars, macros)
+        return self._hints.get(key)
+
+    @cached_property
+    def _hints(self) -> dict[tuple[str, str, frozenset[str]], Hint | None]:
+        return {}
 
     @cached_property
     def _promotion(self) -> Promotion:

@@ -6,8 +6,8 @@ the values.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,16 +64,16 @@ class UnitSummary:
     max: float | None
     special_min: float | None
     special_max: float | None
-    quantiles: dict[float, Bracket]
+    quantiles: Mapping[float, Bracket] = field(hash=False)
 
     def to_json(self) -> dict[str, Any]:
         """The members as JSON values; None for what is not finite."""
         found = {
-            field.name: _finite(getattr(self, field.name))
-            for field in fields(self)
-            if field.name != "quantiles"
+            one.name: _finite(getattr(self, one.name))
+            for one in fields(self)
+            if one.name != "quantiles"
         }
-        quantiles = {str(share): one.to_json() for share, one in self.quantiles.items()}
+        quantiles = {str(share): value.to_json() for share, value in self.quantiles.items()}
         return found | {"quantiles": quantiles}
 
 

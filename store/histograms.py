@@ -105,7 +105,7 @@ class Bracket:
         return {name: _finite(getattr(self, name)) for name in ("estimate", "low", "high")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DisplayBins:
     """Bins of equal width, for people to look at.
 
@@ -129,7 +129,7 @@ class DisplayBins:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Histogram:
     """How the values of one unit are spread.
 

@@ -46,6 +46,11 @@ NEAR = st.sampled_from(
 USUAL = st.floats(-8, 8, width=32)
 HOSTILE = st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45, -1e-45, 65504.0])
 NUMBERS = USUAL | NEAR | HOSTILE | BITS
+# Most of one bin.
+CLOSE = st.floats(1, 1.25, width=32)
+CROWDED = st.lists(CLOSE | CLOSE | HOSTILE, max_size=12).map(
+    lambda found: np.array(found, np.float32)
+)
 SAMPLES = st.lists(NUMBERS, max_size=60).map(lambda found: np.array(found, np.float32))
 
 
@@ -98,7 +103,7 @@ def test_counts_are_those_of_numpy_over_the_same_edges(values: npt.NDArray[np.fl
 # What follows from one
 
 
-@given(SAMPLES, st.floats(0, 1))
+@given(SAMPLES | CROWDED, st.floats(0, 1))
 def test_the_bracket_of_a_quantile_holds_the_value_of_its_rank(
     values: npt.NDArray[np.float32], share: float
 ) -> None:
@@ -126,7 +131,7 @@ def test_the_ends_the_median_of_zeros_and_a_round_share_are_exact() -> None:
     assert steps.quantile(0.07).low == 7
 
 
-@given(SAMPLES, NUMBERS)
+@given(SAMPLES | CROWDED, NUMBERS | CLOSE)
 def test_the_bracket_of_a_share_holds_it(values: npt.NDArray[np.float32], limit: float) -> None:
     found = Histogram.of_values(values)
     if math.isnan(limit):
@@ -151,6 +156,13 @@ def test_a_share_above_a_number_between_two_floats() -> None:
     assert found.share_above(1.1).low <= 1 <= found.share_above(1.1).high
     assert found.share_above(1e300).high == 0
     assert found.share_above(-1e300).low == 1
+
+
+def test_a_bin_that_lies_above_a_number_may_count_in_whole() -> None:
+    share = Histogram.of_values(np.array([-5, 3.3, 3.4, 9], np.float32)).share_above(3.2)
+    assert (share.low, share.high) == (0.25, 0.75)
+    share = Histogram.of_values(np.array([3.1, 3.3, 3.4], np.float32)).share_above(3.2)
+    assert (share.low, share.high) == (1 / 3, 2 / 3)
 
 
 @given(SAMPLES, st.integers(1, 40))
@@ -182,9 +194,9 @@ def test_json_has_no_number_that_json_lacks(values: npt.NDArray[np.float32]) -> 
 
 def test_what_cannot_be_asked_is_refused() -> None:
     found = Histogram.of_values(np.zeros(3, np.float32))
-    for ask in (lambda: found.quantile(1.5), lambda: found.quantile(math.nan)):
+    for share in (1.5, -0.1, math.nan):
         with pytest.raises(InvalidInput, match="share from 0 to 1") as caught:
-            ask()
+            found.quantile(share)
         assert caught.value.kind is ErrorKind.INVALID_ARGUMENT
     with pytest.raises(InvalidInput, match="bins is 0"):
         found.rebinned(0)

@@ -141,8 +141,8 @@ def test_similar_neurons_have_the_greatest_cosines(store: Store, all_layers: boo
     assert [(one.layer, one.neuron) for one in found] == [place[1:] for place in truth]
     for one, (cosine, *_) in zip(found, truth, strict=True):
         assert one.cosine == pytest.approx(-cosine, abs=1e-12)
-    one = neuron_of(store, 1, 4)
-    assert (one.similar if all_layers else one.similar_in_layer) == found
+    whole = neuron_of(store, 1, 4)
+    assert (whole.similar if all_layers else whole.similar_in_layer) == found
 
 
 def test_json_has_everything(store: Store) -> None:
@@ -159,6 +159,7 @@ def test_a_neuron_is_a_value_and_readable(store: Store) -> None:
     found = neuron_of(store, 0, 2)
     assert found == neuron_of(store, 0, 2)
     assert found != neuron_of(store, 0, 3)
+    assert len({found, neuron_of(store, 0, 2)}) == 1
     with pytest.raises(FrozenInstanceError):
         found.layer = 3  # type: ignore[misc]
     assert repr(found).startswith("<Neuron 0:2: write norm ")

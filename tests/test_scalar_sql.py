@@ -271,6 +271,108 @@ def test_tables_hold_the_canonical_values(sql: Sql, store: Store) -> None:
         )
 
 
+def test_the_public_route_is_as_right(
+    store: Store, copies: duckdb.DuckDBPyConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actstore.query.duckdb_source.has_source_protocol", lambda: False)
+    filled = {"t": "mlp_write_norm", "d": "DESC", "k": 7, "o": 2}
+    with Sql(store.reader, store) as sql:
+        for number, shape in enumerate([*WHOLE_ANSWERS, *BEST_VALUES, *BEST_ROWS]):
+            predicate = ("layer = 1 AND NOT special", "value > 0.5 AND token < 900")[number % 2]
+            check(sql, copies, shape, filled | {"p": predicate})
+        assert sql.last is not None
+        assert set(sql.last.plans) == {"scan"}
+
+
+# Other kinds of scalars: pairs, heads and channels, one value per token, gradients
+
+
+@pytest.fixture(scope="module")
+def every_kind(
+    tmp_path_factory: pytest.TempPathFactory, _without_fsync: None
+) -> Iterator[tuple[Store, Sql]]:
+    import torch
+    from tiny_gpt2 import tiny_gpt2
+
+    import actstore
+
+    generator = torch.Generator().manual_seed(11)
+    corpus = [torch.randint(1, 53, (n,), generator=generator).tolist() for n in (7, 1, 12, 3, 9)]
+    store = actstore.ingest(
+        (tiny_gpt2(seed=2), None),
+        corpus,
+        tmp_path_factory.mktemp("kinds") / "store",
+        locations="attention",
+        objective="next_token_log_prob",
+        segment_rows=512,
+    )
+    with store, Sql(store.reader, store) as sql:
+        yield store, sql
+
+
+KINDS = {
+    "attn_qk_probs": ["layer", "token", "attended_token", "head", "special", "value"],
+    "attn_write_norm": ["layer", "token", "attended_token", "head", "special", "value"],
+    "attn_query": ["layer", "token", "head", "head_channel", "special", "value"],
+    "resid_post_embedding": ["token", "channel", "special", "value"],
+    "mlp_layer_write_norm": ["layer", "token", "special", "value"],
+    "mlp_act_times_grad": ["layer", "token", "neuron", "special", "value"],
+    "mlp_post_act_gradient": ["layer", "token", "neuron", "special", "value"],
+}
+KIND_QUERIES = (
+    "SELECT * FROM {t} WHERE token > 3 AND {layer} < 2",
+    "SELECT count(*), min(value) FROM {t} WHERE token IN (4, 9, 21) AND {unit} = {a}",
+    "SELECT {unit}, max(value) FROM {t} WHERE {unit} IN ({a}, {b}) AND NOT special GROUP BY ALL",
+    "SELECT {unit}, count(*) FROM {t} WHERE {unit} BETWEEN {a} AND {b} GROUP BY ALL",
+    "SELECT * FROM {t} WHERE {unit} = {a} OR {layer} = 1",
+    "SELECT * FROM {t} WHERE NOT ({unit} = {a} AND {layer} = 1)",
+    "SELECT value, {unit} FROM {t} WHERE {unit} >= {a} ORDER BY value DESC, token, ALL LIMIT 9",
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_scalar_is_a_table(every_kind: tuple[Store, Sql], name: str) -> None:
+    store, sql = every_kind
+    whole = sql.fetch(f"SELECT * FROM {name}")
+    assert whole.column_names == KINDS[name]
+    copy = duckdb.connect(":memory:")
+    copy.register("incoming", whole)
+    copy.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
+    units = [column for column in whole.column_names if column not in ("layer", "special", "value")]
+    forward, _, gradient = name.partition("_gradient")
+    del gradient
+    options = {"pass_type": "backward"} if forward != name else {}
+    best = store.topk(forward, k=11, special=True, **options)
+    ordered = sql.fetch(
+        f"SELECT * FROM {name} WHERE value IS NOT NULL ORDER BY value DESC LIMIT 11"
+    )
+    assert ordered.column("value").to_pylist() == best.column("value")
+    every = store.topk(forward, k=10**6, special=True, **options)
+    assert len(every) == whole.num_rows - whole.column("value").null_count
+    for unit in units:
+        inside = sorted(set(whole.column(unit).to_pylist()))
+        names = {"t": name, "unit": unit, "a": inside[len(inside) // 3], "b": inside[-2:][0]}
+        names["layer"] = "layer" if "layer" in whole.column_names else "token"
+        for shape in KIND_QUERIES:
+            query = shape.replace(", ALL", "").format(**names)
+            expected, found = copy.sql(query).to_arrow_table(), sql.fetch(query)
+            if "ORDER BY" in query:
+                assert found.column("value").to_pylist() == expected.column("value").to_pylist()
+            else:
+                assert Counter(rows_of(found)) == Counter(rows_of(expected)), query
+
+
+def test_who_attends_to_a_token_is_looked_for_in_its_sequence(
+    every_kind: tuple[Store, Sql],
+) -> None:
+    _, sql = every_kind
+    query = "SELECT token, head, value FROM attn_qk_probs WHERE layer = 0 AND attended_token = 10"
+    found = sql.fetch(query).to_pylist()
+    assert {row["token"] for row in found} == set(range(10, 20))
+    assert sql.last is not None
+    assert sql.last.cells <= 12 * 12 * 4
+
+
 # What was looked at
 
 EASY = "SELECT token, value FROM mlp_write_norm WHERE layer = 1 AND neuron = 4 AND NOT special"

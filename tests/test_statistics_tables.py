@@ -169,7 +169,7 @@ def test_layers_and_units_are_chosen(store: Store) -> None:
 
 def test_what_cannot_be_had_is_refused(store: Store) -> None:
     with pytest.raises(InvalidInput, match="nodes"):
-        statistics(store, "mlp_post_act", nodes=3)  # type: ignore[arg-type]
+        statistics(store, "mlp_post_act", nodes=3)
     with pytest.raises(InvalidInput, match="0 to 1"):
         statistics(store, "mlp_post_act", layers=2)
     with pytest.raises(Unavailable, match="actstore index") as caught:
@@ -226,7 +226,9 @@ def test_a_histogram_that_is_not_kept_is_counted(tmp_path: Path, store: Store) -
         )
 
 
-def test_segments_that_no_compacted_file_covers_count_too(tmp_path: Path, path: Path) -> None:
+def test_segments_that_no_compacted_file_covers_count_too(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = build(tmp_path / "store", commit=[0, 1])
     build_indexes(whole, ["mlp_post_act"])
     merged = Store(whole)
@@ -239,14 +241,9 @@ def test_segments_that_no_compacted_file_covers_count_too(tmp_path: Path, path: 
     }
     commit_segments(whole, values)
     # Built, and not compacted: the older file has the first two segments alone.
-    import actstore.query.index_building as building
-
-    original = building.compact
-    building.compact = lambda _: None  # type: ignore[assignment]
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr("actstore.query.index_building.compact", lambda _: None)
         build_indexes(whole, ["mlp_post_act"])
-    finally:
-        building.compact = original
     truth = Store(path)
     for number in range(2):
         after = Store(whole)

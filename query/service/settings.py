@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from actstore.store.errors import ErrorKind, InvalidInput
 
 if TYPE_CHECKING:
-    from actstore.query.service.sql_worker import SqlLimits
+    from actstore.query.service.sql_limits import SqlLimits
 
 __all__ = ["MIN_TOKEN_LENGTH", "ServerSettings", "is_loopback", "read_token"]
 

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 
 from actstore.query.derived import SCALARS
 from actstore.query.service.identity import StoreIdentity
-from actstore.query.service.problems import ServiceError
+from actstore.query.service.problems import HttpKind, ServiceError
 from actstore.query.service.settings import ServerSettings
 from actstore.query.session import Store
 from actstore.query.sql import Parameters, Sql
@@ -127,20 +127,23 @@ class _LazySql:
         self._limits = settings.sql
         self._lock = Lock()
         self._service: SqlService | None = None
+        self._is_closed = False
 
     def get(self) -> "SqlService":
         """The worker of this opening."""
         with self._lock:
+            if self._is_closed:
+                raise ServiceError(HttpKind.BUSY, "The server is stopping, or renews the store.")
             if self._service is None:
-                from actstore.query.service.sql_worker import SqlLimits, SqlService
+                from actstore.query.service.sql_worker import SqlService
 
-                limits = self._limits or SqlLimits()
-                self._service = SqlService(self._path, limits, self._objective)
+                self._service = SqlService(self._path, self._limits, self._objective)
             return self._service
 
     def close(self) -> None:
-        """End the worker, if there is one."""
+        """End the worker, if there is one; there will be no other."""
         with self._lock:
+            self._is_closed = True
             if self._service is not None:
                 self._service.close()
                 self._service = None

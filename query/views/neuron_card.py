@@ -267,8 +267,7 @@ def _distribution(store: "Store", layer: int, neuron: int) -> Distribution | Non
 def similar_entries(
     store: "Store", layer: int, neuron: int, *, k: int = 10
 ) -> tuple[SimilarEntry, ...]:
-    """The neurons whose output weights have the greatest cosine with one's; see
-    :func:`actstore.query.neuron.similar_neurons`.
+    """The neurons whose output weights have the greatest cosine with one's.
 
     All layers are searched where their weights are few, else the neuron's own.
 

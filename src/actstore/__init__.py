@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from actstore.ingest.objectives import Objective
     from actstore.ingest.preparation import Corpus
     from actstore.prompt import Prompt, RawActivationStore
-    from actstore.query.client import connect
+    from actstore.query.client import RemoteStore, connect
     from actstore.query.derived.config import DstConfig
     from actstore.query.derived.declaration import DerivedScalar
     from actstore.query.derived.loading import load_scalars
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
         temporary_scalars,
         unregister_scalar,
     )
+    from actstore.query.exports.neurons import export_neurons
+    from actstore.query.exports.tables import export_table
     from actstore.query.notebooks import view
     from actstore.query.session import Store
     from actstore.store.model.autoencoder_families import Autoencoders
@@ -83,6 +85,7 @@ __all__ = [
     "PreOrPostAct",
     "Prompt",
     "RawActivationStore",
+    "RemoteStore",
     "Store",
     "StoreConflict",
     "StoreDamaged",
@@ -93,6 +96,8 @@ __all__ = [
     "connect",
     "derived_scalar",
     "estimate",
+    "export_neurons",
+    "export_table",
     "ingest",
     "load_autoencoder",
     "load_scalars",
@@ -386,10 +391,13 @@ _LAZY = {
     "PreOrPostAct": "actstore.store.nodes",
     "Prompt": "actstore.prompt",
     "RawActivationStore": "actstore.prompt",
+    "RemoteStore": "actstore.query.client",
     "Store": "actstore.query.session",
     "TraceConfig": "actstore.store.nodes",
     "connect": "actstore.query.client",
     "derived_scalar": "actstore.query.derived.naming",
+    "export_neurons": "actstore.query.exports.neurons",
+    "export_table": "actstore.query.exports.tables",
     "load_autoencoder": "actstore.store.model.autoencoder_formats",
     "load_scalars": "actstore.query.derived.loading",
     "register_scalar": "actstore.query.derived.registry",

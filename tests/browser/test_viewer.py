@@ -260,7 +260,7 @@ def test_part_that_fails_says_so_in_its_place(watched: Watched) -> None:
         lambda route: route.fulfill(
             status=503,
             content_type="text/html",
-            body="<html><body><section id='problem'>a damaged page</section></body></html>",
+            body='<html><body><section id="problem">a damaged page</section></body></html>',
         ),
     )
     page = watched.go("/neurons/0/2")

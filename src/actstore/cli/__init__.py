@@ -16,6 +16,7 @@ from actstore.cli import (
     adding,
     demonstration,
     deriving,
+    exporting,
     indexing,
     ingesting,
     listing,
@@ -159,6 +160,12 @@ _register(
     "runs/gpt2 mlp_act_times_grad",
     "runs/gpt2 mlp_post_act --part histogram",
     "runs/gpt2 --columns mlp_post_act",
+)
+_register(
+    exporting.export,
+    "Write answers or neuron pages to files.",
+    "runs/gpt2 --topk mlp_write_norm -o top.parquet",
+    "runs/gpt2 --neurons neuronpedia --units 'layer = 3' -o pages",
 )
 _register(
     serving.serve,
