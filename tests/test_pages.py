@@ -159,7 +159,8 @@ def test_page_asks_no_other_origin(client: TestClient, address: str) -> None:
 
 def test_every_link_leads_somewhere(client: TestClient) -> None:
     """Walks the viewer as a person would, a few links of each kind; JSON twins included."""
-    waiting, seen, kinds = ["/"], {"/"}, {}
+    waiting, seen = ["/"], {"/"}
+    kinds: dict[str, int] = {}
     while waiting:
         address = waiting.pop(0)
         response = client.get(address)

@@ -1,6 +1,7 @@
 """SQL over derived scalars against the same SQL over their values in ordinary tables."""
 
 import gc
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -150,10 +151,14 @@ WHOLE_ANSWERS = (
     "SELECT count(*), count(value), min(value), max(value), sum(token) FROM {t} WHERE {p}",
     "SELECT layer, neuron, count(*), max(value), bool_or(special) FROM {t} WHERE {p} GROUP BY ALL",
     "SELECT text, s.value FROM {t} s JOIN tokens USING (token) WHERE s.value > 1 AND s.token > 50",
-    "SELECT n.neuron, count(s.value) FROM neurons n LEFT JOIN (SELECT * FROM {t} WHERE {p}) s"
-    " USING (layer, neuron) GROUP BY ALL",
-    "WITH a AS (SELECT * FROM {t} WHERE {p} AND neuron < 3) SELECT count(*) FROM a x JOIN a y"
-    " ON x.token = y.token WHERE x.neuron = 0 AND y.neuron > 0",
+    (
+        "SELECT n.neuron, count(s.value) FROM neurons n LEFT JOIN (SELECT * FROM {t} WHERE {p}) s"
+        " USING (layer, neuron) GROUP BY ALL"
+    ),
+    (
+        "WITH a AS (SELECT * FROM {t} WHERE {p} AND neuron < 3) SELECT count(*) FROM a x JOIN a y"
+        " ON x.token = y.token WHERE x.neuron = 0 AND y.neuron > 0"
+    ),
     "SELECT * FROM {t} WHERE {p} EXCEPT ALL SELECT * FROM {t} WHERE layer = 1",
 )
 # The values of the first column, in order: which of several equal rows stands there is open.
@@ -164,45 +169,73 @@ BEST_VALUES = (
     "SELECT value FROM {t} WHERE {p} AND special ORDER BY 1 {d} LIMIT {k}",
     "SELECT value AS v, value * 2 FROM {t} WHERE {p} ORDER BY value {d} LIMIT {k} OFFSET {o}",
     "SELECT value AS v, -value AS value FROM {t} WHERE {p} ORDER BY value {d} LIMIT {k}",
-    "SELECT v FROM (SELECT value AS v, -value AS value FROM {t} WHERE {p}) ORDER BY value {d}"
-    " LIMIT {k}",
-    "SELECT value FROM (SELECT token, value AS v, neuron::FLOAT AS value FROM {t} WHERE {p})"
-    " ORDER BY value {d} LIMIT {k}",
-    "SELECT v FROM (SELECT value AS v, neuron::BOOL AS special FROM {t} WHERE {p}) WHERE special"
-    " ORDER BY v {d} LIMIT {k}",
+    (
+        "SELECT v FROM (SELECT value AS v, -value AS value FROM {t} WHERE {p}) ORDER BY value {d}"
+        " LIMIT {k}"
+    ),
+    (
+        "SELECT value FROM (SELECT token, value AS v, neuron::FLOAT AS value FROM {t} WHERE {p})"
+        " ORDER BY value {d} LIMIT {k}"
+    ),
+    (
+        "SELECT v FROM (SELECT value AS v, neuron::BOOL AS special FROM {t} WHERE {p}) WHERE special"
+        " ORDER BY v {d} LIMIT {k}"
+    ),
     "SELECT layer AS value, value AS v FROM {t} WHERE {p} ORDER BY value {d} LIMIT {k}",
     "WITH a AS (SELECT * FROM {t} WHERE {p}) SELECT value FROM a ORDER BY value {d} LIMIT {k}",
-    "WITH a(b, value) AS (SELECT value, neuron FROM {t} WHERE {p}) SELECT value FROM a"
-    " ORDER BY value {d} LIMIT {k}",
-    "SELECT value FROM {t} AS s(value, token, neuron, special, last) WHERE neuron > 3"
-    " ORDER BY value {d} LIMIT {k}",
+    (
+        "WITH a(b, value) AS (SELECT value, neuron FROM {t} WHERE {p}) SELECT value FROM a"
+        " ORDER BY value {d} LIMIT {k}"
+    ),
+    (
+        "SELECT value FROM {t} AS s(value, token, neuron, special, last) WHERE neuron > 3"
+        " ORDER BY value {d} LIMIT {k}"
+    ),
     "SELECT * RENAME (layer AS value, value AS v) FROM {t} ORDER BY value {d} LIMIT {k}",
-    "SELECT b.value FROM (SELECT token, value FROM {t} WHERE {p} ORDER BY value {d} LIMIT {k}) b"
-    " JOIN tokens USING (token) ORDER BY b.value {d}",
-    "SELECT s.value FROM {t} s JOIN tokens USING (token) WHERE position > 5 AND s.neuron = 1"
-    " ORDER BY s.value {d} LIMIT {k}",
-    "(SELECT value FROM {t} WHERE {p} ORDER BY value DESC LIMIT {k}) UNION ALL"
-    " (SELECT value FROM {t} WHERE neuron = 2 ORDER BY value DESC LIMIT 3) ORDER BY 1 {d}",
-    "WITH a AS (SELECT * FROM {t} WHERE {p}) SELECT value FROM (SELECT value FROM a ORDER BY value"
-    " {d} LIMIT {k}) UNION ALL (SELECT layer FROM a ORDER BY layer {d} LIMIT 4) ORDER BY 1 {d}",
+    (
+        "SELECT b.value FROM (SELECT token, value FROM {t} WHERE {p} ORDER BY value {d} LIMIT {k}) b"
+        " JOIN tokens USING (token) ORDER BY b.value {d}"
+    ),
+    (
+        "SELECT s.value FROM {t} s JOIN tokens USING (token) WHERE position > 5 AND s.neuron = 1"
+        " ORDER BY s.value {d} LIMIT {k}"
+    ),
+    (
+        "(SELECT value FROM {t} WHERE {p} ORDER BY value DESC LIMIT {k}) UNION ALL"
+        " (SELECT value FROM {t} WHERE neuron = 2 ORDER BY value DESC LIMIT 3) ORDER BY 1 {d}"
+    ),
+    (
+        "WITH a AS (SELECT * FROM {t} WHERE {p}) SELECT value FROM (SELECT value FROM a ORDER BY value"
+        " {d} LIMIT {k}) UNION ALL (SELECT layer FROM a ORDER BY layer {d} LIMIT 4) ORDER BY 1 {d}"
+    ),
     "SELECT value AS v, unnest({{'value': layer}}) FROM {t} WHERE {p} ORDER BY value {d} LIMIT {k}",
-    "SELECT value FROM (SELECT * REPLACE (-value AS value) FROM {t} WHERE {p} ORDER BY value {d}"
-    " LIMIT {k}) ORDER BY value {d}",
+    (
+        "SELECT value FROM (SELECT * REPLACE (-value AS value) FROM {t} WHERE {p} ORDER BY value {d}"
+        " LIMIT {k}) ORDER BY value {d}"
+    ),
     "SELECT value, * EXCLUDE (value) FROM {t} WHERE {p} ORDER BY value {d} LIMIT {k}",
     "SELECT DISTINCT value FROM {t} WHERE {p} ORDER BY value {d} LIMIT {k}",
     "SELECT max(value) AS v FROM {t} WHERE {p} GROUP BY neuron ORDER BY v {d} LIMIT {k}",
-    "SELECT value, row_number() OVER (ORDER BY neuron) FROM {t} WHERE {p} ORDER BY value {d}"
-    " LIMIT {k}",
-    "SELECT value FROM {t} WHERE {p} QUALIFY row_number() OVER (ORDER BY token, neuron, layer) > 2"
-    " ORDER BY value {d} LIMIT {k}",
-    "SELECT count(*), max(value) FROM (SELECT value FROM {t} WHERE {p} ORDER BY value {d}"
-    " LIMIT {k})",
+    (
+        "SELECT value, row_number() OVER (ORDER BY neuron) FROM {t} WHERE {p} ORDER BY value {d}"
+        " LIMIT {k}"
+    ),
+    (
+        "SELECT value FROM {t} WHERE {p} QUALIFY row_number() OVER (ORDER BY token, neuron, layer) > 2"
+        " ORDER BY value {d} LIMIT {k}"
+    ),
+    (
+        "SELECT count(*), max(value) FROM (SELECT value FROM {t} WHERE {p} ORDER BY value {d}"
+        " LIMIT {k})"
+    ),
 )
 # Every column, in order: nothing is left open.
 BEST_ROWS = (
     "SELECT * FROM {t} WHERE {p} ORDER BY value {d}, layer, token, neuron LIMIT {k} OFFSET {o}",
-    "SELECT token, neuron, value FROM {t} WHERE {p} ORDER BY value {d}, token DESC, neuron, layer"
-    " LIMIT {k}",
+    (
+        "SELECT token, neuron, value FROM {t} WHERE {p} ORDER BY value {d}, token DESC, neuron, layer"
+        " LIMIT {k}"
+    ),
     "SELECT * FROM {t} WHERE {p} ORDER BY token, neuron, layer LIMIT {k} OFFSET {o}",
     "SELECT neuron AS value, value AS v FROM {t} WHERE {p} ORDER BY value {d}, v LIMIT {k}",
 )
@@ -426,10 +459,14 @@ def test_ties_beyond_the_last_are_there_for_further_keys(sql: Sql) -> None:
         f"{EASY} AND value < 0.5 ORDER BY value DESC LIMIT 3",
         f"SELECT s.value FROM ({EASY}) s JOIN tokens USING (token) ORDER BY s.value DESC LIMIT 3",
         f"({EASY} ORDER BY value DESC LIMIT 3) UNION ALL ({EASY} ORDER BY value LIMIT 3)",
-        "SELECT value FROM (SELECT value, neuron::BOOL AS special FROM mlp_post_act) WHERE special"
-        " ORDER BY value DESC LIMIT 3",
-        "WITH mlp_post_act AS (SELECT neuron AS value FROM mlp_post_act) FROM mlp_post_act"
-        " ORDER BY value DESC LIMIT 3",
+        (
+            "SELECT value FROM (SELECT value, neuron::BOOL AS special FROM mlp_post_act) WHERE special"
+            " ORDER BY value DESC LIMIT 3"
+        ),
+        (
+            "WITH mlp_post_act AS (SELECT neuron AS value FROM mlp_post_act) FROM mlp_post_act"
+            " ORDER BY value DESC LIMIT 3"
+        ),
     ],
 )
 def test_no_hint_where_it_would_be_unsound(sql: Sql, query: str) -> None:
@@ -551,7 +588,7 @@ def test_promotes_agrees_with_what_the_store_kept(sql: Sql) -> None:
     rows = sql.fetch(query).to_pylist()
     assert len(rows) == NEURONS * 10
     assert [row["rank"] for row in rows] == [row["place"] for row in rows]
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         assert before["neuron"] != after["neuron"] or before["effect"] >= after["effect"]
 
 

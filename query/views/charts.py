@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from actstore.query.views.text import spelled
+
 if TYPE_CHECKING:
     import altair as alt
 
     from actstore.query.views.distribution import Distribution
 
 __all__ = [
+    "TOKEN_COLUMNS",
     "ChartSuggestion",
     "Drawing",
     "can_draw",
@@ -33,6 +36,9 @@ __all__ = [
 ]
 
 ChartKind = Literal["bar", "line", "scatter", "histogram"]
+
+TOKEN_COLUMNS = ("text", "piece")
+"""Columns whose texts are tokens: their spaces and line breaks are made visible."""
 
 _MAX_MARKS = 2000
 _MAX_BARS = 60
@@ -191,6 +197,8 @@ def suggested_chart(table: pa.Table, wanted: ChartSuggestion) -> "alt.Chart":
 
     names = [wanted.x] if wanted.y is None else [wanted.x, wanted.y]
     columns = [table.column(name).to_pylist()[:_MAX_MARKS] for name in names]
+    if wanted.x in TOKEN_COLUMNS:
+        columns[0] = [None if text is None else spelled(text) for text in columns[0]]
     data = [_record(values) for values in zip(*columns, strict=True)]
     base = alt.Chart(alt.InlineData(values=[one for one in data if None not in one.values()]))
     text = "format(datum.x, '.4~g')" if wanted.kind != "bar" else "datum.x"

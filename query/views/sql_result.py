@@ -7,6 +7,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from actstore.query.views.charts import (
+    TOKEN_COLUMNS,
     ChartSuggestion,
     Drawing,
     can_draw,
@@ -156,13 +157,10 @@ def _cell(name: str, value: Any, row: dict[str, Any]) -> SqlCell:
     if isinstance(value, float):
         return SqlCell(number(value), True)
     if isinstance(value, str):
-        return SqlCell(_short(spelled(value) if name in _TOKENS else value), False)
+        return SqlCell(_short(spelled(value) if name in TOKEN_COLUMNS else value), False)
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return SqlCell(_short("  ".join(_item(one) for one in value)), False)
     return SqlCell(_short(str(value)), False)
-
-
-_TOKENS = ("text", "piece")
 
 
 def _item(value: Any) -> str:

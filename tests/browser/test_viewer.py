@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 from viewer_store import DEAD, SET, FakePrompt, add_latents, build
 
 from actstore.query.service.server import background
@@ -23,6 +23,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+STRICT = "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'"
 
 PLACES = {
     "overview": "/",
@@ -110,11 +112,19 @@ def watched(browser: Browser, origin: str) -> Iterator[Watched]:
     assert not found.problems, found.problems
 
 
+def with_strict_policy(route: Route) -> None:
+    """Answers as the server does, under a policy that allows nothing inline: no style either."""
+    response = route.fetch()
+    headers = {**response.headers, "content-security-policy": STRICT}
+    route.fulfill(response=response, headers=headers)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("place", PLACES)
 def test_page_looks_whole(browser: Browser, origin: str, place: str, scheme: Scheme) -> None:
     """Nothing sticks out at the width of a desk or of a phone, in light and in dark."""
     context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    context.route("**/*", with_strict_policy)
     watched = Watched(context.new_page(), origin)
     page = watched.go(PLACES[place])
     luminance = page.evaluate("getComputedStyle(document.body).backgroundColor")
