@@ -9,6 +9,7 @@ predicates, and as text. Whatever a source takes DuckDB does not look at again.
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
@@ -106,9 +107,24 @@ def _stream(schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa.RecordBa
 
     What is wrong with a question mostly shows there, and DuckDB says it without a traceback.
     """
-    first = next(batches, None)
-    rest = batches if first is None else chain([first], batches)
+    found = _in_own_thread(batches)
+    first = next(found, None)
+    rest = found if first is None else chain([first], found)
     return pa.RecordBatchReader.from_batches(schema, rest)
+
+
+def _in_own_thread(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The batches, read by a thread that Python started.
+
+    DuckDB scans in threads of its own and takes away their Python state afterwards. Torch keeps
+    a note of that state, so reading there what torch computes ends in a crash.
+    """
+    worker = ThreadPoolExecutor(1, thread_name_prefix="actstore-scan")
+    try:
+        while (batch := worker.submit(next, batches, None).result()) is not None:
+            yield batch
+    finally:
+        worker.shutdown(wait=False)
 
 
 def _narrowed(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:

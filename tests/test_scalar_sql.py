@@ -398,12 +398,12 @@ def test_every_kind_of_scalar_is_a_table(every_kind: tuple[Store, Sql], name: st
 def test_who_attends_to_a_token_is_looked_for_in_its_sequence(
     every_kind: tuple[Store, Sql],
 ) -> None:
-    _, sql = every_kind
+    store, sql = every_kind
     query = "SELECT token, head, value FROM attn_qk_probs WHERE layer = 0 AND attended_token = 10"
     found = sql.fetch(query).to_pylist()
     assert {row["token"] for row in found} == set(range(10, 20))
     assert sql.last is not None
-    assert sql.last.cells <= 12 * 12 * 4
+    assert sql.last.cells == 12 * np.prod(store.unit_shape(SCALARS["attn_qk_probs"]))
 
 
 # What was looked at

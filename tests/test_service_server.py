@@ -52,9 +52,9 @@ def server(store: actstore.Store) -> Iterator[BackgroundServer]:
 def raw(server: BackgroundServer, request: bytes) -> bytes:
     """What a server says to these bytes."""
     address = urlsplit(server.url)
-    with socket.create_connection((address.hostname or "", address.port or 0), 10) as one:
+    with socket.create_connection((address.hostname or "", address.port or 0), 60) as one:
         one.sendall(request)
-        one.settimeout(10)
+        one.settimeout(60)
         answer = b""
         while b"\r\n\r\n" not in answer:
             piece = one.recv(65536)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from actstore.query.derived import SCALARS, DerivedScalar, scalar
 from actstore.query.views.colours import Scale
-from actstore.query.views.sequence_grid import Grid, grid_of, unit_path
+from actstore.query.views.sequence_grid import Grid, column_of, grid_of, unit_path
 from actstore.query.views.strips import TokenStrip, strip_of
 from actstore.store.errors import ActstoreError, ErrorKind, InvalidInput, Unavailable
 from actstore.store.vocabulary import Dimension
@@ -129,7 +129,8 @@ class PromptView:
             values = _by_layer(prompt.derive(declared.name))
         except (Unavailable, InvalidInput) as error:
             missing = str(error)
-        grid = grid_of(values, None, declared) if values else None
+        columns = {layer: column_of(found, None, declared) for layer, found in values.items()}
+        grid = grid_of(columns, None) if columns else None
         strongest = (
             [
                 max((cell.value for cell in row if cell.value is not None), key=abs, default=None)

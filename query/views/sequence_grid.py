@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GRID_ROWS",
+    "Column",
     "Grid",
     "GridCell",
     "SequenceView",
     "can_derive",
+    "column_of",
     "grid_of",
     "scalars_of_tokens",
     "unit_path",
@@ -135,20 +137,21 @@ class SequenceView:
         declared = store.scalar(name)
         rows = store.row_map.of_sequences(sequence)
         texts = store.row_texts(rows)
-        values: dict[int | None, npt.NDArray[np.float32]] = {}
+        columns: dict[int | None, Column] = {}
         missing = ""
         known = store.layers_of(declared)
         _require_layer(declared, layer, known)
         try:
             for one in known:
+                # A layer's values are many; of each token one is kept.
                 found = store.derive_window(declared, sequence, one)
-                values[one if declared.has_layers else None] = found
+                columns[one if declared.has_layers else None] = column_of(found, unit, declared)
         except Unavailable as error:
             missing = str(error)
-            values = {}
+            columns = {}
         start = min(max(start, 0), max(place.length - 1, 0)) // GRID_ROWS * GRID_ROWS
-        whole = grid_of(values, unit, declared) if values else None
-        shown = layer if layer is not None else max((k or 0 for k in values), default=0)
+        whole = grid_of(columns, unit) if columns else None
+        shown = layer if layer is not None else max((k or 0 for k in columns), default=0)
         column = whole.layers.index(shown if declared.has_layers else None) if whole else 0
         strip = strip_of(
             texts,
@@ -219,30 +222,57 @@ def can_derive(store: "Store", declared: DerivedScalar) -> bool:
     return kinds <= {"stored", "reconstructed"}
 
 
-def grid_of(
-    values: Mapping[int | None, npt.NDArray[np.floating]],
-    unit: int | None,
-    declared: DerivedScalar,
-) -> Grid:
-    """A grid from values by layer.
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One value per token, of one unit or of the strongest.
+
+    Attributes:
+        values: ``(token,)``; NaN where there is none.
+        which: whose they are, int64 ``(token,)``.
+        units: how many there were.
+    """
+
+    values: npt.NDArray[np.floating]
+    which: npt.NDArray[np.int64]
+    units: int
+
+
+def column_of(found: npt.NDArray[np.floating], unit: int | None, declared: DerivedScalar) -> Column:
+    """A layer's column.
 
     Args:
-        values: layer -> ``(token, unit)``; NaN where there is none.
-        unit: which one; the one of greatest magnitude at each place by default.
+        found: ``(token, unit)``; NaN where there is no value.
+        unit: which one; the one of greatest magnitude at each token by default.
         declared: the scalar, for messages.
 
     Raises:
         InvalidInput: there is no such unit.
     """
-    units = max(found.shape[1] for found in values.values())
-    if unit is not None and not 0 <= unit < units:
-        raise InvalidInput(
-            f"unit is {unit}; {declared.name} has 0 to {units - 1}.", kind=ErrorKind.UNKNOWN_UNIT
-        )
-    columns = [_column(found, unit) for found in values.values()]
+    tokens, units = found.shape
+    if unit is not None:
+        if not 0 <= unit < units:
+            raise InvalidInput(
+                f"unit is {unit}; {declared.name} has 0 to {units - 1}.",
+                kind=ErrorKind.UNKNOWN_UNIT,
+            )
+        return Column(found[:, unit].copy(), np.full(tokens, unit, np.int64), units)
+    which = np.where(np.isnan(found), -1.0, np.abs(found)).argmax(axis=1)
+    return Column(found[np.arange(tokens), which], which, units)
+
+
+def grid_of(columns: Mapping[int | None, Column], unit: int | None) -> Grid:
+    """A grid from columns by layer.
+
+    Args:
+        columns: layer -> its column.
+        unit: that was asked for; None for the strongest at each place.
+    """
+    units = max(column.units for column in columns.values())
     # Position 0 is unlike all others in most models; it would leave them without colour.
-    first = 1 if len(columns[0][0]) > 1 else 0
-    scale = Scale.over(float(value) for best, _ in columns for value in best[first:])
+    first = 1 if all(len(column.values) > 1 for column in columns.values()) else 0
+    scale = Scale.over(
+        float(value) for column in columns.values() for value in column.values[first:]
+    )
     cells = [
         [
             GridCell(
@@ -250,26 +280,8 @@ def grid_of(
                 scale.step(float(value)),
                 int(number) if units > 1 else None,
             )
-            for value, number in zip(best, which, strict=True)
+            for value, number in zip(column.values, column.which, strict=True)
         ]
-        for best, which in columns
+        for column in columns.values()
     ]
-    return Grid(
-        layers=tuple(values),
-        rows=tuple(zip(*cells, strict=True)),
-        scale=scale,
-        unit=unit,
-        units=units,
-    )
-
-
-def _column(
-    found: npt.NDArray[np.floating], unit: int | None
-) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.int64]]:
-    """Values ``(token,)`` of one unit or of the strongest, and which unit it is."""
-    if unit is not None:
-        return found[:, unit], np.full(len(found), unit, np.int64)
-    size = np.where(np.isnan(found), -1.0, np.abs(found))
-    which = size.argmax(axis=1)
-    best: npt.NDArray[np.floating] = found[np.arange(len(found)), which]
-    return best, which
+    return Grid(tuple(columns), tuple(zip(*cells, strict=True)), scale, unit, units)
