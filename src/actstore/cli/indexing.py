@@ -85,7 +85,8 @@ def index(
         _print_stop(ctx, as_json=as_json)
         return
     if as_json:
-        print_json({"rows": [one.to_json() for one in [*built, *copied]]})
+        rows_of = [*(one.to_json() for one in built), *(one.to_json() for one in copied)]
+        print_json({"rows": rows_of})
         return
     rows = [
         [
