@@ -79,6 +79,8 @@ def compare(
     refused = [name for name in ("per", "combine", "normalise") if options.get(name) is not None]
     if refused:
         raise _invalid(f"Scalars are compared value by value: leave out {', '.join(refused)}.")
+    if isinstance(names, str):
+        raise _invalid(f"Compare at least two different scalars; give a list, not {names!r}.")
     questions = [ask(store, name, **options) for name in names]
     _require_comparable(questions)
     ranked = [rank_question(question, max_cells) for question in questions]

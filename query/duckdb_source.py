@@ -201,14 +201,18 @@ def predicate_of(node: "Node") -> Predicate | None:
         ):
             return IsNull(name, operator == "IS NOT NULL")
         case nodes.In(operand=nodes.Col(parts=(name,)), values=values):
-            found_values = [one.value for one in values if isinstance(one, nodes.Lit)]
-            constants = tuple(value for value in found_values if _is_number(value))
-            whole = len(constants) == len(values) > 0
-            return Membership(name, constants) if whole else None
+            constants = [one.value for one in values if isinstance(one, nodes.Lit)]
+            numbers = tuple(value for value in constants if _is_number(value))
+            texts = tuple(value for value in constants if isinstance(value, str))
+            if not values or len(values) not in (len(numbers), len(texts)):
+                return None
+            return Membership(name, numbers or texts)
     return None
 
 
 def _comparison(name: str, operator: str, constant: object) -> Predicate | None:
+    if isinstance(constant, str):
+        return Comparison(name, operator, constant) if operator in ("=", "!=") else None
     known = operator in ("=", "!=", "<", "<=", ">", ">=")
     return Comparison(name, operator, constant) if known and _is_number(constant) else None
 

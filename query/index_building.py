@@ -23,7 +23,7 @@ from actstore.query.value_readers import ValueReader
 from actstore.store.commits import commit_path, lock_segment, read_commits
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.index_sets import publish_index_segment, publish_index_set
-from actstore.store.index_spec import HISTOGRAM, ZONES, IndexSpec
+from actstore.store.index_spec import HISTOGRAM, INDEX_PARTS, ZONES, IndexSpec
 from actstore.store.manifest import SetRecord
 from actstore.store.plan import SegmentPlan
 from actstore.store.publishing import BASE_SET
@@ -124,9 +124,9 @@ def build_indexes(
             _complete(store, one, record, advance)
             for one, record in zip(declared, records, strict=True)
         ]
-    if any(one.written for one in built):
-        with closing(StoreReader(path)) as reader:
-            compact(reader)
+    # A run that was stopped after its last segment left this to the next one.
+    with closing(StoreReader(path)) as reader:
+        compact(reader)
     return built
 
 
@@ -146,8 +146,13 @@ def _spec(store: OpenStore, declared: DerivedScalar, parts: Sequence[str] | None
     if parts is None:
         has_zones = score(store, declared).bounded_by.startswith("zone map")
         parts = (HISTOGRAM,) if has_zones else (ZONES, HISTOGRAM)
+    given = {parts} if isinstance(parts, str) else set(parts)
+    held = tuple(part for part in INDEX_PARTS if part in given) + tuple(
+        sorted(map(str, given - set(INDEX_PARTS)))
+    )
     own = fingerprint(store.sources, declared, store.config_of(declared))
-    kind = "index" if ZONES in parts else "histogram"
+    # What holds something else is another set.
+    kind = held[0] if len(held) == 1 else "index"
     digits = own[:_NAME_DIGITS]
     return IndexSpec(
         scalar=declared.name,
@@ -156,7 +161,7 @@ def _spec(store: OpenStore, declared: DerivedScalar, parts: Sequence[str] | None
         unit_shape=shape,
         segment_rows=store.reader.segment_rows,
         set_name=f"{kind}-{declared.name}-{digits}",
-        parts=tuple(parts),
+        parts=held,
         fingerprint=own,
         made_from=arrays_of(store.sources, declared),
         objective=store.reader.objective if has_gradients(declared) else None,

@@ -171,6 +171,11 @@ class Neuron:
             or stored_histograms(self._store, declared) is not None
         )
 
+    def _repr_html_(self) -> str | None:
+        from actstore.query.notebooks import neuron_html
+
+        return neuron_html(self)
+
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values.
 

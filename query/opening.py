@@ -3,10 +3,10 @@
 :class:`~actstore.query.session.Store` adds what people ask.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -142,6 +142,16 @@ class OpenStore:
             found = layers_of(declared, self.n_layers, self.config_of(declared))
             known = tuple(layer for layer in found if layer is not None)
         return layers if known is None else tuple(layer for layer in layers if layer in known)
+
+    @property
+    def own_scalars(self) -> Mapping[str, DerivedScalar]:
+        """This store's own projections, by name."""
+        return MappingProxyType(self._own_scalars)
+
+    @property
+    def statements(self) -> "Sql":
+        """SQL over this store; see :class:`actstore.query.sql.Sql`."""
+        return self._sql
 
     @cached_property
     def _sql(self) -> "Sql":

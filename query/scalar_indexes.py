@@ -4,8 +4,10 @@ An index holds what was said of values once. It is used only while its fingerpri
 the scalar: the same definition, made from the same stored arrays.
 """
 
+import dis
 import hashlib
 from collections.abc import Callable, Iterator
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from actstore.store.reader import DescribedUnits
 
 __all__ = ["arrays_of", "find_index", "fingerprint", "has_gradients"]
+
+_PLAIN = (str, bytes, int, float, complex, np.generic)
 
 
 def find_index(
@@ -48,7 +52,11 @@ def find_index(
     ]
     if not found:
         return None
-    own = fingerprint(sources, declared, config)
+    try:
+        own = fingerprint(sources, declared, config)
+    except InvalidInput:
+        # Nobody can tell whether it is the same, so it is not.
+        return None
     return next((one for one in found if _spec(one).fingerprint == own), None)
 
 
@@ -72,7 +80,8 @@ def fingerprint(sources: Sources, declared: DerivedScalar, config: DstConfig) ->
     """
     digest = hashlib.sha256()
     for part in _definition(declared):
-        digest.update(part)
+        # With its length: 1 and 12 are not 11 and 2.
+        digest.update(len(part).to_bytes(8, "little") + part)
     autoencoders: list[str] = []
     if declared.latents is not None and config.autoencoders is not None:
         autoencoders = [one.fingerprint for one in config.family(declared.latents)]
@@ -146,7 +155,7 @@ def _definition(declared: DerivedScalar) -> Iterator[bytes]:
         ]
     )
     if not _is_built_in(declared) and declared.formula is not None:
-        yield from _code(declared.formula, declared.name)
+        yield from _Formula(declared.name).code(declared.formula)
     for source in declared.sources:
         if source.of in SCALARS:
             yield from _definition(SCALARS[str(source.of)])
@@ -154,49 +163,95 @@ def _definition(declared: DerivedScalar) -> Iterator[bytes]:
 
 def _is_built_in(declared: DerivedScalar) -> bool:
     of = SCALARS.get(declared.name.removesuffix("_gradient"))
-    return of is not None and is_built_in(of)
+    return declared.origin is None and of is not None and is_built_in(of)
 
 
-def _code(function: Callable[..., Any], name: str) -> Iterator[bytes]:
-    """The code of a user's function, and what it took along."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        raise _unclear(name, function)
-    yield from _compiled(code)
-    for cell in getattr(function, "__closure__", None) or ():
-        yield from _content(cell.cell_contents, name)
-    for default in getattr(function, "__defaults__", None) or ():
-        yield from _content(default, name)
+class _Formula:
+    """What tells a user's function from another: its code, and all that it speaks of."""
 
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._seen: set[int] = set()
 
-def _compiled(code: Any) -> Iterator[bytes]:
-    yield code.co_code
-    yield repr(code.co_names).encode()
-    for constant in code.co_consts:
-        if hasattr(constant, "co_code"):
-            yield from _compiled(constant)
+    def code(self, function: Callable[..., Any]) -> Iterator[bytes]:
+        """The code of a function, and what it took along."""
+        code = getattr(function, "__code__", None)
+        if code is None or getattr(function, "__self__", None) is not None:
+            raise _unclear(self._name, function)
+        if id(function) in self._seen:
+            return
+        self._seen.add(id(function))
+        yield from self._compiled(code)
+        for cell in getattr(function, "__closure__", None) or ():
+            yield from self._content(cell.cell_contents)
+        yield from self._content(getattr(function, "__defaults__", None))
+        yield from self._content(getattr(function, "__kwdefaults__", None))
+        known = getattr(function, "__globals__", {})
+        for word in sorted(_global_names(code)):
+            # What is not there is the language's own, and its name is in the code.
+            if word in known:
+                yield word.encode()
+                yield from self._of_module(known[word], known.get("__name__"))
+
+    def _of_module(self, value: Any, module: str | None) -> Iterator[bytes]:
+        """What a name of the function's module stands for; what was imported, by its name."""
+        home, path = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+        if isinstance(value, ModuleType):
+            yield value.__name__.encode()
+        elif callable(value) and path is not None and home != module:
+            yield f"{home}.{path}".encode()
         else:
-            yield repr(constant).encode()
+            yield from self._content(value)
+
+    def _compiled(self, code: CodeType) -> Iterator[bytes]:
+        yield code.co_code
+        yield repr(code.co_names).encode()
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from self._compiled(constant)
+            else:
+                yield from self._content(constant)
+
+    def _content(self, value: Any) -> Iterator[bytes]:
+        if isinstance(value, np.ndarray):
+            if value.dtype.hasobject:
+                raise _unclear(self._name, value)
+            yield repr((value.dtype, value.shape)).encode() + value.tobytes()
+        elif hasattr(value, "detach"):
+            yield from self._tensor(value)
+        elif isinstance(value, tuple | list):
+            yield f"{len(value)} of".encode()
+            for one in value:
+                yield from self._content(one)
+        elif isinstance(value, set | frozenset):
+            # The order of a set's members is another one in every process.
+            yield from self._content(sorted(map(repr, value)))
+        elif isinstance(value, dict):
+            for key in sorted(value, key=repr):
+                yield repr(key).encode()
+                yield from self._content(value[key])
+        elif value is None or value is Ellipsis or isinstance(value, _PLAIN):
+            yield repr(value).encode()
+        elif callable(value):
+            yield from self.code(value)
+        else:
+            raise _unclear(self._name, value)
+
+    def _tensor(self, value: Any) -> Iterator[bytes]:
+        import torch
+
+        yield repr((value.dtype, tuple(value.shape))).encode()
+        # As bytes: numpy does not know every dtype that a tensor may have.
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _content(value: Any, name: str) -> Iterator[bytes]:
-    if isinstance(value, np.ndarray):
-        yield repr((value.dtype, value.shape)).encode() + value.tobytes()
-    elif hasattr(value, "detach"):
-        yield from _content(value.detach().numpy(), name)
-    elif callable(value):
-        yield from _code(value, name)
-    elif isinstance(value, tuple | list):
-        for one in value:
-            yield from _content(one, name)
-    elif isinstance(value, dict):
-        for key in sorted(value, key=repr):
-            yield repr(key).encode()
-            yield from _content(value[key], name)
-    elif value is None or isinstance(value, str | bytes | int | float | complex):
-        yield repr(value).encode()
-    else:
-        raise _unclear(name, value)
+def _global_names(code: CodeType) -> set[str]:
+    """Names that a function's code, and that of functions inside, looks up in its module."""
+    found = {str(one.argval) for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL"}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= _global_names(constant)
+    return found
 
 
 def _unclear(name: str, value: object) -> InvalidInput:

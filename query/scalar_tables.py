@@ -86,7 +86,7 @@ def named_scalars(store: "OpenStore", query: str) -> dict[str, DerivedScalar]:
         store: the open store, for its own projections.
         query: the query.
     """
-    own: Mapping[str, DerivedScalar] = store._own_scalars
+    own: Mapping[str, DerivedScalar] = store.own_scalars
     found: dict[str, DerivedScalar] = {}
     for name in sorted({word.lower() for word in _WORD.findall(query)}):
         declared = own.get(name) or SCALARS.get(name)

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore.query.duckdb_source import register_table
 from actstore.query.scalar_tables import Budget, Hint, named_scalars, register_scalars
 from actstore.query.sql_hints import find_hint
-from actstore.query.sql_promotion import PROMOTION_FUNCTIONS, Promotion
+from actstore.query.sql_promotion import EFFECTS_TABLE, PROMOTION_MACROS, Effects, EffectsTable
 from actstore.store.errors import ActstoreError, ErrorKind, InvalidInput, StoreDamaged
 from actstore.store.reader import StoreReader
 from actstore.store.snapshot import Snapshot, open_snapshot
@@ -60,7 +61,11 @@ class Sql:
     Besides the snapshot's tables and ``context(token, before, after)`` there are, with a
     store: every derived scalar with a ranking as a table, ``top_tokens(layer, neuron, k)``
     (the ordinary tokens at which a neuron is greatest, from ``mlp_post_act``),
-    ``promotes(layer, neuron, text)`` and ``promotes_rank(layer, neuron, text)``.
+    ``promotes(layer, neuron, text)`` and ``promotes_rank(layer, neuron, text)`` (what a neuron
+    does to the logit of the token with that text), and their table ``neuron_effects``.
+
+    A threshold that DuckDB passes on to a scan is a literal or ``CAST(? AS FLOAT)``: a bare
+    parameter is a DOUBLE, which a FLOAT column is only compared with after it was read.
 
     Args:
         reader: the store; the tables hold what it sees as committed.
@@ -152,8 +157,12 @@ class Sql:
     ) -> None:
         """Make what a query names known to its connection, and look for how little it needs."""
         lowered = query.lower()
-        if any(name in lowered for name in PROMOTION_FUNCTIONS):
-            self._promotion.register(self.connection)
+        macros = [macro for name, macro in PROMOTION_MACROS.items() if name in lowered]
+        if macros or EFFECTS_TABLE in lowered:
+            register_table(cursor, EFFECTS_TABLE, EffectsTable(self._effects, budget))
+            self.last = budget
+        for macro in macros:
+            cursor.execute(macro)
         has_macro = _MACRO in lowered
         named = named_scalars(store, f"{query} {_MACRO_TABLE}" if has_macro else query)
         # What the snapshot has goes by its own name.
@@ -183,7 +192,11 @@ class Sql:
             while len(self._hints) >= _KEPT_HINTS:
                 self._hints.pop(next(iter(self._hints)), None)
             macros = {_MACRO: True} if has_macro else {}
-            self._hints[key] = find_hint(cursor, query, parameters, scalars, macros)
+            try:
+                self._hints[key] = find_hint(cursor, query, parameters, scalars, macros)
+            except duckdb.Error:
+                # What is wrong with the query is said when it is bound, in its own words.
+                return None
         return self._hints.get(key)
 
     @cached_property
@@ -191,8 +204,8 @@ class Sql:
         return {}
 
     @cached_property
-    def _promotion(self) -> Promotion:
-        return Promotion(self._reader.root)
+    def _effects(self) -> Effects:
+        return Effects(self._reader.root)
 
     @cached_property
     def _tables(self) -> frozenset[str]:

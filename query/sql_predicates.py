@@ -1,7 +1,8 @@
 """Predicates on the columns of a lazily read table, as SQL means them.
 
 A row passes where a predicate is true; a comparison with NULL is not. NOT is pushed inwards when
-a tree is made, so AND and OR of what is true is all there is. NaN stands for NULL in floats.
+a tree is made, so AND and OR of what is true is all there is. NaN stands for NULL in floats, None
+in texts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +32,18 @@ _OPPOSITE = {"=": "!=", "!=": "=", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A column compared with a number or truth value: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``."""
+    """A column compared with a number or truth value: ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``.
+
+    A text is compared by ``=`` and ``!=`` alone.
+    """
 
     column: str
     operator: str
-    constant: float
+    constant: float | str
 
     def __post_init__(self) -> None:
+        if isinstance(self.constant, str) and self.operator not in ("=", "!="):
+            raise ValueError(f"{self.operator} does not compare texts")
         if self.operator not in _COMPARE or self.constant != self.constant:
             raise ValueError(f"{self.operator} {self.constant} compares with nothing")
 
@@ -59,7 +65,7 @@ class Membership:
     """Whether a column is one of some constants, or none of them."""
 
     column: str
-    constants: tuple[float, ...]
+    constants: tuple[float, ...] | tuple[str, ...]
     is_negated: bool = False
 
     @property
@@ -70,7 +76,7 @@ class Membership:
     def holds(self, columns: Columns) -> npt.NDArray[np.bool_]:
         """Where it is true, as broad as the columns are together."""
         values = columns[self.column]
-        inside = np.isin(_wide(values), np.array(self.constants))
+        inside = np.isin(_wide(values), np.array(self.constants, _kind(values)))
         return (~inside if self.is_negated else inside) & _is_known(values)
 
 
@@ -153,12 +159,15 @@ def interval_of(predicate: Predicate, column: str) -> tuple[ValueInterval | None
         The interval, None where NULL passes too; and whether every value in it passes.
     """
     match predicate:
-        case Comparison(name, operator, constant) if name == column and operator != "!=":
+        case Comparison(name, operator, constant) if (
+            name == column and operator != "!=" and not isinstance(constant, str)
+        ):
             low = constant if operator in ("=", ">", ">=") else None
             high = constant if operator in ("=", "<", "<=") else None
             return ValueInterval(low, high, operator == ">", operator == "<"), True
         case Membership(name, constants, False) if name == column:
-            return ValueInterval(min(constants), max(constants)), len(set(constants)) == 1
+            numbers = [float(one) for one in constants]
+            return ValueInterval(min(numbers), max(numbers)), len(set(numbers)) == 1
         case IsNull(name, True) if name == column:
             return ValueInterval(), True
         case Comparison(name) | Membership(name) if name == column:
@@ -214,8 +223,14 @@ def _wide(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return values.astype(np.float64) if values.dtype.kind == "f" else values
 
 
+def _kind(values: npt.NDArray[Any]) -> type | None:
+    return object if values.dtype.kind == "O" else None
+
+
 def _is_known(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     if values.dtype.kind == "f":
         known: npt.NDArray[np.bool_] = ~np.isnan(values)
         return known
+    if values.dtype.kind == "O":
+        return np.array([value is not None for value in values], bool)
     return np.ones(values.shape, bool)

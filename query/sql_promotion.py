@@ -1,40 +1,59 @@
-"""What a neuron does to a token's logit, as functions of SQL.
+"""What a neuron does to each token's logit, as a lazily read table.
 
 The effect is the neuron's output row times diag(g_final) W_U, less the mean over the vocabulary:
 what the store's ``promoted`` and ``suppressed`` tokens of ``neurons`` are ranked by. The sum over
-channels is made alike for every neuron, so an effect does not hang on what else is asked.
+channels is made alike for every pair, so an effect does not hang on what else is asked.
 """
 
-from functools import cached_property
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from duckdb.func import PythonUDFType
 
-from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.query.duckdb_source import Offered
+from actstore.query.scalar_tables import Budget
+from actstore.query.sql_predicates import Predicate
+from actstore.store.errors import ActstoreError, ErrorKind, InvalidInput
 from actstore.store.model.pieces import vocabulary_pieces
 from actstore.store.model.weights import open_model
 from actstore.store.vocabulary import WeightLocationType
 
-__all__ = ["PROMOTION_FUNCTIONS", "Promotion"]
+__all__ = ["EFFECTS_TABLE", "PROMOTION_MACROS", "Effects", "EffectsTable"]
 
-PROMOTION_FUNCTIONS = ("promotes", "promotes_rank")
+EFFECTS_TABLE = "neuron_effects"
+_COLUMNS = ("effect", "rank")
+PROMOTION_MACROS = {
+    name: f"""
+        CREATE OR REPLACE TEMP MACRO {name}(_layer, _neuron, _text) AS (
+            SELECT arg_min(e.{column}, e.token_id) FROM {EFFECTS_TABLE} AS e
+            WHERE e.layer = _layer AND e.neuron = _neuron AND e.text = _text
+        )
+    """
+    for name, column in zip(("promotes", "promotes_rank"), _COLUMNS, strict=True)
+}
+"""Macro -> its definition: the effect of a neuron on the token with a text, and its rank."""
 
-_BLOCK = 1024
-
-
+_SCHEMA = pa.schema(
+    [
+        ("layer", pa.int32()),
+        ("neuron", pa.int32()),
+        ("token_id", pa.int32()),
+        ("text", pa.string()),
+        ("effect", pa.float32()),
+        ("rank", pa.int32()),
+    ]
+)
 _MOST_EFFECTS = 20_000_000
-"""Effects that one call may compute to rank one: some hundred neurons of a large vocabulary."""
+_BLOCK_PRODUCTS = 4_000_000
 
 
-class Promotion:
+class Effects:
     """Effects of neurons on logits, from the weights that a store keeps.
-
-    A database keeps its functions, so this keeps no open store, which would keep the database.
 
     Args:
         root: the store's directory.
@@ -44,34 +63,28 @@ class Promotion:
         self._root = root
         self._rows: tuple[int, npt.NDArray[np.float64]] | None = None
 
-    def register(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Make the functions known to the database of a connection, unless they are.
-
-        ``promotes(layer, neuron, text)`` is the effect on the token with that text, FLOAT;
-        ``promotes_rank(layer, neuron, text)`` its rank among the vocabulary, 1 for the most
-        promoted, ties in order of token id.
-        """
-        known = connection.execute(
-            "SELECT count(*) FROM duckdb_functions() WHERE function_name = ?",
-            [PROMOTION_FUNCTIONS[0]],
-        ).fetchall()
-        if known[0][0]:
-            return
-        for name, function, result in (
-            ("promotes", self._effects, "float"),
-            ("promotes_rank", self._ranks, "integer"),
-        ):
-            connection.create_function(
-                name, function, ["integer", "integer", "varchar"], result, type=PythonUDFType.ARROW
-            )
-
     @cached_property
     def _model(self) -> Any:
         return open_model(self._root)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Layers, neurons and tokens of the vocabulary."""
+        dimensions = self._model.dimensions
+        return dimensions.n_layers, dimensions.d_mlp, self._unembedding.shape[1]
+
+    @cached_property
+    def texts(self) -> npt.NDArray[np.object_]:
+        """The text of each token, ``(token_id,)``; None where there is none."""
+        found = np.full(self.shape[2], None, object)
+        for piece in vocabulary_pieces(self._root):
+            if piece.token_id < len(found):
+                found[piece.token_id] = piece.text
+        return found
+
     @cached_property
     def _unembedding(self) -> npt.NDArray[np.float32]:
-        """``(channel, vocabulary)``, as stored."""
+        """``(channel, token_id)``, as stored."""
         matrix: npt.NDArray[np.float32] = self._model.weight(
             WeightLocationType.UNEMBEDDING, dtype="float32"
         )
@@ -87,14 +100,6 @@ class Promotion:
         mean: npt.NDArray[np.float64] = self._unembedding.mean(axis=1, dtype=np.float64)
         return mean
 
-    @cached_property
-    def _token_ids(self) -> dict[str, int]:
-        """Text -> the first token that it is."""
-        ids: dict[str, int] = {}
-        for piece in vocabulary_pieces(self._root):
-            ids.setdefault(piece.text, piece.token_id)
-        return ids
-
     def _written(self, layer: int) -> npt.NDArray[np.float64]:
         """A layer's output rows ``(neuron, channel)``; the last layer's are kept."""
         kept = self._rows
@@ -102,81 +107,135 @@ class Promotion:
             rows = self._model.weight(WeightLocationType.MLP_TO_RESIDUAL, layer)
             if self._model.dimensions.has_post_norms:
                 rows = rows * self._model.weight(WeightLocationType.LAYER_NORM_GAIN_POST_MLP, layer)
-            # Several threads may call; each goes on with what it read itself.
+            # Several threads may ask; each goes on with what it read itself.
             self._rows = kept = layer, rows
         return kept[1]
 
-    def _direction(self, columns: slice | int) -> npt.NDArray[np.float64]:
-        """What raises some tokens' logits, ``(vocabulary, channel)`` or ``(channel,)``."""
-        part = self._unembedding[:, columns].astype(np.float64).T - self._mean
-        found: npt.NDArray[np.float64] = np.ascontiguousarray(part * self._gain)
-        return found
+    def of(
+        self, layer: int, neurons: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+        """Blocks of neurons with their effects, float32 ``(neuron, token)``."""
+        rows = self._written(layer)
+        width = max(1, _BLOCK_PRODUCTS // len(self._gain))
+        height = max(1, width // max(1, len(tokens)))
+        for start in range(0, len(neurons), height):
+            block = neurons[start : start + height]
+            found = np.empty((len(block), len(tokens)), np.float32)
+            for left in range(0, len(tokens), width):
+                columns = slice(left, left + width)
+                part = self._unembedding[:, tokens[columns]].astype(np.float64).T - self._mean
+                direction = np.ascontiguousarray(part * self._gain)
+                found[:, columns] = (rows[block][:, None] * direction).sum(axis=2)
+            yield block, found
 
-    def _effects(self, layer: pa.Array, neuron: pa.Array, text: pa.Array) -> pa.Array:
-        layers, neurons, ids = self._checked(layer, neuron, text)
-        found = np.empty(len(layers), np.float32)
-        for token_id in np.unique(ids).tolist():
-            direction = self._direction(token_id)
-            for number in np.unique(layers).tolist():
-                inside = np.flatnonzero((ids == token_id) & (layers == number))
-                for start in range(0, len(inside), _BLOCK):
-                    part = inside[start : start + _BLOCK]
-                    found[part] = (self._written(number)[neurons[part]] * direction).sum(axis=1)
-        return pa.array(found, pa.float32())
 
-    def _ranks(self, layer: pa.Array, neuron: pa.Array, text: pa.Array) -> pa.Array:
-        layers, neurons, ids = self._checked(layer, neuron, text)
-        effects = np.empty(self._unembedding.shape[1], np.float32)
-        if len(np.unique(layers * self._model.dimensions.d_mlp + neurons)) * len(effects) > (
-            _MOST_EFFECTS
-        ):
-            raise InvalidInput(
-                f"promotes_rank looks at all {len(effects):,} tokens for each neuron. Ask it for "
-                "fewer neurons: choose them in a subquery by `promotes`, with LIMIT.",
-                kind=ErrorKind.TOO_LARGE,
-            )
-        ranks = np.empty(len(layers), np.int32)
-        order = np.lexsort((neurons, layers))
-        before: tuple[int, int] | None = None
-        for place in order.tolist():
-            asked = int(layers[place]), int(neurons[place])
-            if asked != before:
-                row = self._written(asked[0])[asked[1]]
-                for start in range(0, len(effects), _BLOCK):
-                    columns = slice(start, start + _BLOCK)
-                    effects[columns] = (self._direction(columns) * row).sum(axis=1)
-                before = asked
-            own = effects[ids[place]]
-            ahead = (effects > own).sum() + (effects[: ids[place]] == own).sum()
-            ranks[place] = 1 + int(ahead)
-        return pa.array(ranks, pa.int32())
+class EffectsTable:
+    """Every neuron's effect on every token's logit; ``rank`` 1 is the most promoted token.
 
-    def _checked(
-        self, layer: pa.Array, neuron: pa.Array, text: pa.Array
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Layers, neurons and token ids, each ``(row,)``.
+    Tokens of equal effect rank in order of their id.
+
+    Args:
+        effects: the effects.
+        budget: what may be looked at.
+    """
+
+    def __init__(self, effects: Effects, budget: Budget) -> None:
+        self._effects = effects
+        self._budget = budget
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The table's columns."""
+        return _SCHEMA
+
+    def count(self) -> int | None:
+        """The number of pairs."""
+        layers, neurons, tokens = self._effects.shape
+        return layers * neurons * tokens
+
+    def accepts(self, predicate: Predicate) -> bool:
+        """Whether :meth:`batches` leaves out every row where a predicate is not true."""
+        return predicate.columns in ({"layer"}, {"neuron"}, {"token_id"}, {"text"})
+
+    def batches(
+        self, columns: Sequence[str], predicates: Sequence[Predicate], offered: Offered | None
+    ) -> Iterator[pa.RecordBatch]:
+        """The pairs that pass; see :class:`~actstore.query.duckdb_source.LazyTable`.
 
         Raises:
-            InvalidInput: one that the model does not have.
+            InvalidInput: there are too many.
         """
-        sizes = self._model.dimensions.n_layers, self._model.dimensions.d_mlp
-        numbers = []
-        for values, size, what in ((layer, sizes[0], "layer"), (neuron, sizes[1], "neuron")):
-            found = values.to_numpy(zero_copy_only=False).astype(np.int64)
-            outside = found[(found < 0) | (found >= size)]
-            if len(outside):
-                raise InvalidInput(
-                    f"There is no {what} {outside[0]}; the model has 0 to {size - 1}.",
-                    kind=ErrorKind.UNKNOWN_UNIT if what == "neuron" else ErrorKind.UNKNOWN_LAYER,
-                )
-            numbers.append(found)
-        wanted = text.to_pylist()
-        unknown = next((one for one in wanted if one not in self._token_ids), None)
-        if unknown is not None:
+        try:
+            yield from self._found(columns, predicates)
+        except ActstoreError as error:
+            self._budget.error = error
+            raise
+
+    def _found(
+        self, columns: Sequence[str], predicates: Sequence[Predicate]
+    ) -> Iterator[pa.RecordBatch]:
+        sizes = self._effects.shape
+        layers, neurons = (
+            self._chosen(name, np.arange(size), predicates)
+            for name, size in zip(("layer", "neuron"), sizes[:2], strict=True)
+        )
+        tokens = self._chosen("token_id", np.arange(sizes[2]), predicates)
+        tokens = tokens[_holds("text", self._effects.texts[tokens], predicates)]
+        every = np.arange(sizes[2]) if "rank" in columns else tokens
+        looked = len(layers) * len(neurons) * len(every) if len(tokens) else 0
+        most = min(_MOST_EFFECTS, self._budget.max_cells)
+        if looked > most:
             raise InvalidInput(
-                f"No token of the vocabulary has the text {unknown!r}. A word's first token mostly "
-                "begins with a space; look in the table `vocabulary`.",
-                kind=ErrorKind.INVALID_ARGUMENT,
+                f"{EFFECTS_TABLE} would have to be computed for {looked:,} pairs of neurons and "
+                f"tokens, more than {most:,}. Give one neuron, or one text, as constants; a rank "
+                "looks at the whole vocabulary for each neuron.",
+                kind=ErrorKind.TOO_LARGE,
             )
-        ids = np.array([self._token_ids[one] for one in wanted], np.int64)
-        return numbers[0], numbers[1], ids
+        if not looked:
+            return
+        self._budget.cells += looked
+        seconds = self._budget.seconds
+        deadline = None if seconds is None else time.monotonic() + seconds
+        place = np.searchsorted(every, tokens)
+        for layer in layers.tolist():
+            for block, effects in self._effects.of(layer, neurons, every):
+                if deadline is not None and time.monotonic() > deadline:
+                    raise InvalidInput(
+                        f"Computing {EFFECTS_TABLE} took longer than it may. Give fewer neurons "
+                        "or texts, as constants.",
+                        kind=ErrorKind.SQL_TIMEOUT,
+                    )
+                arrays: dict[str, npt.NDArray[Any]] = {
+                    "layer": np.full(len(block) * len(tokens), layer),
+                    "neuron": np.repeat(block, len(tokens)),
+                    "token_id": np.tile(tokens, len(block)),
+                    "effect": effects[:, place].reshape(-1),
+                }
+                if "text" in columns:
+                    arrays["text"] = np.tile(self._effects.texts[tokens], len(block))
+                if "rank" in columns:
+                    arrays["rank"] = _ranks(effects)[:, place].reshape(-1)
+                yield pa.RecordBatch.from_arrays(
+                    [pa.array(arrays[name], _SCHEMA.field(name).type) for name in columns],
+                    schema=pa.schema([_SCHEMA.field(name) for name in columns]),
+                )
+
+    def _chosen(
+        self, name: str, values: npt.NDArray[np.int64], predicates: Sequence[Predicate]
+    ) -> npt.NDArray[np.int64]:
+        return values[_holds(name, values, predicates)]
+
+
+def _holds(
+    name: str, values: npt.NDArray[Any], predicates: Sequence[Predicate]
+) -> npt.NDArray[np.bool_]:
+    found = (one.holds({name: values}) for one in predicates if one.columns == {name})
+    return reduce(np.logical_and, found, np.ones(len(values), bool))
+
+
+def _ranks(effects: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """1 for the greatest effect of each row, ties in order; ``(neuron, token)``."""
+    order = np.argsort(-effects, axis=1, kind="stable")
+    ranks = np.empty(effects.shape, np.int64)
+    np.put_along_axis(ranks, order, np.arange(1, effects.shape[1] + 1)[None], axis=1)
+    return ranks

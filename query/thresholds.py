@@ -272,8 +272,13 @@ def _interval(
 
 
 def _is_number(value: object) -> bool:
-    is_real = isinstance(value, int | float | np.floating | np.integer)
-    return is_real and not isinstance(value, bool) and not math.isnan(float(value))  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        return False
+    try:
+        return not math.isnan(float(value))
+    except OverflowError:
+        # An integer beyond every float.
+        return False
 
 
 def _invalid(message: str) -> InvalidInput:

@@ -2,7 +2,9 @@
 
 A chunk of an array holds 32 columns, so one unit's column brings 31 others along. A copy has
 chunks of one column and all rows of a segment: the same values, twice the disk. It is a set of its
-own, made from verified reads, published without replacement and completed by making it again.
+own, made from verified reads, published without replacement and completed by making it again. Its
+commit records name the bytes that they were made from (as their ``statistics``), so that the copy
+of a segment that was ingested anew is not taken for one of what is there now.
 """
 
 import hashlib
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from crc32c import crc32c
 
 from actstore.store.commits import CommitRecord, commit_path, lock_segment, read_commits
@@ -20,7 +23,7 @@ from actstore.store.errors import ErrorKind, InvalidInput, StoreConflict, StoreD
 from actstore.store.layout import ArraySpec
 from actstore.store.location_names import parse_location
 from actstore.store.manifest import FileEntry, SetRecord
-from actstore.store.publishing import commit, publish_file, publish_metadata
+from actstore.store.publishing import commit, publish_file, publish_metadata, segment_files
 from actstore.store.reader import StoredArray, StoreReader
 from actstore.store.sections import SectionFile, encode_sections
 from actstore.store.shard_file import block_checksums, parse_shard, shard_parts
@@ -35,6 +38,7 @@ __all__ = ["CopiedColumns", "copy_columns"]
 Progress = Callable[[str, int, int], None]
 
 _ROWS_AT_ONCE = 8 * PAGE_ROWS
+_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,11 @@ def copy_columns(
         total *= spec.layer_count
         written = size = done = 0
         for segment in array.segments:
-            where = commit_path(record.name, segment)
-            if not reader.blobs.exists(where):
+            if not _is_copied(reader, record, array, segment):
                 with lock_segment(reader.root, record.name, segment) as is_ours:
                     # Looked at again: another process may have finished it since.
-                    if is_ours and not reader.blobs.exists(where):
+                    if is_ours and not _is_copied(reader, record, array, segment):
+                        _remove_stale(reader, record, segment)
                         committed = _copy_segment(reader, record, array, segment)
                         written += 1
                         size += sum(entry.size for entry in committed.files)
@@ -137,6 +141,26 @@ def _publish_set(reader: StoreReader, array: StoredArray) -> SetRecord:
                 kind=ErrorKind.CONFIG_CONFLICT,
             )
     return record
+
+
+def _is_copied(reader: StoreReader, record: SetRecord, array: StoredArray, segment: int) -> bool:
+    """Whether the copy has a segment, made from the bytes that are there now."""
+    where = commit_path(record.name, segment)
+    if not reader.blobs.exists(where):
+        return False
+    found = CommitRecord.decode(reader.blobs.read(where), where)
+    return found.statistics == array.digest(segment)
+
+
+def _remove_stale(reader: StoreReader, record: SetRecord, segment: int) -> None:
+    """Undo the copy of a segment that was ingested anew since.
+
+    The record goes last: nobody reads what it names, and a run killed here is taken up again.
+    """
+    where = commit_path(record.name, segment)
+    if reader.blobs.exists(where):
+        for path in (*sorted(segment_files(record, segment)), where):
+            reader.blobs.delete(path)
 
 
 def _copy_segment(
@@ -187,7 +211,7 @@ def _copy_segment(
             plan=plan_hash,
             rows=rows,
             files=tuple(files),
-            statistics=hashlib.sha256().hexdigest(),
+            statistics=array.digest(segment),
         ),
     )
 
@@ -199,8 +223,18 @@ def _read_layers(spec: ArraySpec, array: StoredArray, segment: int, layers: rang
     for number, layer in enumerate(layers):
         for start in range(0, rows, _ROWS_AT_ONCE):
             values = array.reader.window(segment, layer, start, start + _ROWS_AT_ONCE)
-            buffer.put(number, start, values)
+            # The copy's only row chunk: a column after another.
+            _transpose(values, buffer.chunks[number, 0, :, start : start + len(values), 0])
     return buffer
+
+
+def _transpose(values: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+    """Write ``(row, column)`` as ``(column, row)``, in tiles that stay in the processor's cache."""
+    rows, columns = values.shape
+    for row in range(0, rows, _TILE):
+        for column in range(0, columns, _TILE):
+            tile = values[row : row + _TILE, column : column + _TILE]
+            target[column : column + _TILE, row : row + _TILE] = tile.T
 
 
 def _of_layers(spec: ArraySpec, layers: int) -> ArraySpec:

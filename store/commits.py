@@ -8,7 +8,8 @@ Locks only save work; correctness rests on publishing without replacement.
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,9 @@ from actstore.store.manifest import FileEntry
 from actstore.store.records import decode_record, encode_record, well_formed
 
 __all__ = ["CommitRecord", "lock_segment", "publish_commit", "read_commits"]
+
+_READ_AT_ONCE = 64
+_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,24 @@ def publish_commit(blobs: LocalBlobs, record: CommitRecord) -> bool:
 def read_commits(blobs: LocalBlobs, name: str) -> dict[int, CommitRecord]:
     """The committed segments of a set at this moment, by number."""
     folder = blobs.path(f"commits/{name}")
+    entries = sorted(os.listdir(folder)) if folder.is_dir() else []
+    keys = [f"commits/{name}/{e}" for e in entries if e.endswith(".json") and e != "set.json"]
     records = {}
-    for entry in sorted(os.listdir(folder) if folder.is_dir() else []):
-        if entry.endswith(".json") and entry != "set.json":
-            key = f"commits/{name}/{entry}"
-            record = CommitRecord.decode(blobs.read(key), key)
-            records[record.segment] = record
+    for key, data in zip(keys, _read_all(blobs, keys), strict=True):
+        record = CommitRecord.decode(data, key)
+        records[record.segment] = record
     return records
+
+
+def _read_all(blobs: LocalBlobs, keys: Sequence[str]) -> Iterator[bytes]:
+    """Many small files, several at a time: a cold disk then has something to choose from."""
+    if len(keys) <= _READ_AT_ONCE:
+        yield from map(blobs.read, keys)
+        return
+    parts = [keys[at : at + _READ_AT_ONCE] for at in range(0, len(keys), _READ_AT_ONCE)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for part in pool.map(lambda part: [*map(blobs.read, part)], parts):
+            yield from part
 
 
 @contextmanager

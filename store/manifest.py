@@ -6,7 +6,9 @@ versions and the device are recorded beside it and may differ between runs.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from actstore.store.blobs import LocalBlobs, missing_file
@@ -355,13 +357,17 @@ def read_sets(blobs: LocalBlobs, segment_rows: int) -> dict[str, SetRecord]:
         StoreDamaged: a set's record fails its checksum, is a record of another sort, or is
             missing where a segment of the set is committed.
     """
+    folder = blobs.path("commits")
     sets = {}
-    keys = [key for key in blobs.listing("commits") if key.endswith(".json")]
-    for path in {f"{key.rpartition('/')[0]}/set.json" for key in keys}.difference(keys):
-        if not blobs.exists(path):
-            raise missing_file(path)
-    for key in keys:
-        if key.endswith("/set.json"):
-            record = SetRecord.decode(blobs.read(key), key, segment_rows)
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        path = f"commits/{name}/set.json"
+        if blobs.exists(path):
+            record = SetRecord.decode(blobs.read(path), path, segment_rows)
             sets[record.name] = record
+        elif any(entry.endswith(".json") for entry in _entries(folder / name)):
+            raise missing_file(path)
     return sets
+
+
+def _entries(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []

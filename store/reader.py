@@ -1,5 +1,6 @@
 """A store opened for reading: the committed segments at that moment, and nothing else."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from actstore.store.errors import ErrorKind, StoreDamaged, Unavailable
 from actstore.store.layout import ArraySpec
 from actstore.store.manifest import SetRecord, read_manifest, read_sets, replaced_arrays
 from actstore.store.plan import Plan, SegmentPlan, load_plans
+from actstore.store.records import canonical_json
 from actstore.store.sections import SectionFile
 from actstore.store.shards import Descriptors, ShardReader
 from actstore.store.unit_grid import UnitGrid
@@ -149,6 +151,16 @@ class StoredArray(DescribedUnits):
         super().__init__(spec, store, commits)
         self.reader = ShardReader(spec, store.files, self.rows_of, self._checksums)
 
+    def digest(self, segment: int) -> str:
+        """Sha256 of what the segment's commit record says of its shards: other bytes, another.
+
+        Raises:
+            Unavailable: the segment is not committed.
+        """
+        paths = {self.spec.shard_path(shard, segment) for shard in range(self.spec.shards)}
+        entries = [one.to_json() for one in self._commit(segment).files if one.path in paths]
+        return hashlib.sha256(canonical_json(sorted(entries))).hexdigest()
+
     def _checksums(self, segment: int, layer: int) -> npt.NDArray[np.uint32]:
         table = self._store.cache.get(
             (self.spec.key, segment, layer),
@@ -253,6 +265,11 @@ class StoreReader:
         return sorted(self.commits.get("base", {}))
 
     @cached_property
+    def committed_rows(self) -> int:
+        """Filled rows of the committed segments."""
+        return sum(record.rows for record in self.commits.get("base", {}).values())
+
+    @cached_property
     def planned_segments(self) -> int:
         """Segments of all plans."""
         return sum(plan.n_segments for plan in self.plans)
@@ -279,15 +296,18 @@ class StoreReader:
     def column_copies(self) -> Mapping[tuple[ActivationLocationType, PassType], StoredArray]:
         """Location and pass -> copy by column of the array that is read there.
 
-        Only those that hold every committed segment, and were made from that very array.
+        Only those that hold every committed segment, each made from the very bytes that are there
+        now.
         """
         found: dict[tuple[ActivationLocationType, PassType], StoredArray] = {}
         for name, record in sorted(self.sets.items()):
             for spec in record.copies:
                 place = (spec.location, spec.pass_type)
-                of, copy = self.arrays.get(place), StoredArray(spec, self, self.commits[name])
-                if of is not None and of.spec.key == spec.copy_of and copy.segments == of.segments:
-                    found.setdefault(place, copy)
+                of, records = self.arrays.get(place), self.commits[name]
+                if of is None or of.spec.key != spec.copy_of or sorted(records) != of.segments:
+                    continue
+                if all(records[one].statistics == of.digest(one) for one in of.segments):
+                    found.setdefault(place, StoredArray(spec, self, records))
         return found
 
     @property

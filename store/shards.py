@@ -166,10 +166,11 @@ class ShardReader:
             base = row_chunk * spec.chunk_rows
             first = max(start - base, 0) // spec.checksum_rows
             end = -(-min(stop - base, spec.chunk_rows) // spec.checksum_rows)
-            starts = self._starts(segment, layer, row_chunk, wanted, first)
+            starts = np.unique(self._starts(segment, layer, row_chunk, wanted, first))
             length = (end - first) * self._block_bytes
-            for at in starts.tolist():
-                os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
+            for low, high in _adjoining(starts, length):
+                at, size = int(starts[low]), (high - low) * length
+                os.posix_fadvise(descriptor, at, size, os.POSIX_FADV_WILLNEED)
 
     def _starts(
         self,

@@ -38,6 +38,9 @@ __all__ = ["LISTED_ENTRIES", "fill_tables"]
 LISTED_ENTRIES = 32
 """Proven entries per unit and tail in ``top_activations``; the index file has 128."""
 
+_INSERTED_ROWS = 2**18
+"""Rows that go into a table at once, about: some 10 MB."""
+
 _NEURON_STATISTICS = ("count", "mean", "variance", "skewness", "kurtosis", "max", "min")
 
 _DEFINITIONS = """
@@ -176,12 +179,26 @@ def _insert(
     batches: Iterable[pa.Table | Mapping[str, npt.NDArray[Any]]],
 ) -> None:
     """Append batches to a table; columns by name, those of the table alone."""
+    for rows in _joined(batches):
+        connection.register("incoming", rows)
+        connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
+        connection.unregister("incoming")
+
+
+def _joined(batches: Iterable[pa.Table | Mapping[str, npt.NDArray[Any]]]) -> Iterator[pa.Table]:
+    """Few large tables of many small ones: every insertion is a transaction of its own."""
+    kept: list[pa.Table] = []
+    count = 0
     for batch in batches:
         rows = batch if isinstance(batch, pa.Table) else pa.table(dict(batch))
+        if kept and (rows.schema != kept[0].schema or count + rows.num_rows > _INSERTED_ROWS):
+            yield pa.concat_tables(kept)
+            kept, count = [], 0
         if rows.num_rows:
-            connection.register("incoming", rows)
-            connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
-            connection.unregister("incoming")
+            kept.append(rows)
+            count += rows.num_rows
+    if kept:
+        yield pa.concat_tables(kept)
 
 
 def _segments(reader: StoreReader) -> Iterator[dict[str, npt.NDArray[Any]]]:

@@ -62,7 +62,7 @@ CHOICES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choice=CHOICES)
 def test_every_value_that_is_wanted_is_found_once(
     store: Store, values: npt.NDArray[np.float16], choice: dict[str, Any]

@@ -5,6 +5,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from actstore.query.service.sql_worker import SqlLimits
 from actstore.query.session import Store
 from actstore.query.tensors import LabelledTensor
 from actstore.store.errors import ActstoreError, ErrorKind, InvalidInput, StoreDamaged, Unavailable
+from actstore.store.histograms import Histogram
 
 if TYPE_CHECKING:
     from actstore.query.derived import DerivedScalar
@@ -124,6 +126,12 @@ def test_info(remote: RemoteStore, store: Store) -> None:
         ("mlp_post_act", {"pass_type": "backward"}),
         ("mlp_write_norm", {"k": 9, "max_cells": 10_000_000}),
         ("mlp_post", {"layers": 1}),
+        ("mlp_post_act", {"tokens": [200, 3, 41], "k": 9}),
+        ("mlp_post_act", {"tokens": [200, 3], "per": "token", "k": 2}),
+        ("mlp_post_act", {"normalise": "max", "k": 6}),
+        ("mlp_post_act", {"normalise": "std", "by": "magnitude", "layers": 0}),
+        ("mlp_post_act", {"units": [(0, 1), (2, 5)], "combine": "mean", "k": 6}),
+        ("mlp_post_act", {"layers": 0, "combine": "max", "normalise": "std"}),
         ("resid_post_embedding", {"channels": 3}),
         ("attn_value", {"heads": [1], "channels": [0, 2]}),
         ("resid_post_mlp_norm", {}),
@@ -269,34 +277,183 @@ def test_sql_that_is_cut_off_says_so(remote: RemoteStore) -> None:
 
 
 def test_tables(remote: RemoteStore, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = store.sql("SELECT * FROM statistics ORDER BY location, pass, layer, unit")
-    table = expected.to_arrow_table()
     monkeypatch.setattr("actstore.query.client.remote_store._PAGE_ROWS", 7)
-    found = remote.statistics()
-    assert str(found.to_pylist()) == str(table.to_pylist())
-    assert found.schema.equals(table.schema)
-    assert remote.statistics(limit=10).num_rows == 10
-    one = remote.statistics(
-        "mlp_post_act", layers=[1], units=[2, 3], pass_type="backward", where='"count" > 0'
-    )
-    assert [(row["layer"], row["unit"], row["pass"]) for row in one.to_pylist()] == [
-        (1, 2, "backward"),
-        (1, 3, "backward"),
-    ]
     neurons = store.sql("SELECT * FROM neurons WHERE layer = 1 ORDER BY max DESC, neuron")
     ranked = remote.neurons(1, sort="-max", dead=False)
     assert ranked.column("neuron").to_pylist() == [
         row[1] for row in neurons.fetchall() if row[12] is False
     ]
-    columns = neurons.columns
+    every = store.sql("SELECT * FROM neurons ORDER BY layer, neuron").to_arrow_table()
+    found = remote.neurons()
+    assert str(found.to_pylist()) == str(every.to_pylist())
+    assert found.schema.equals(every.schema)
+    assert remote.neurons(limit=10).num_rows == 10
     by_hand = dict(
         zip(
-            columns,
+            neurons.columns,
             store.sql("SELECT * FROM neurons WHERE layer = 1 AND neuron = 3").fetchall()[0],
             strict=True,
         )
     )
-    assert remote.neuron(1, 3) == by_hand
+    assert remote.neuron(1, 3).row == by_hand
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mlp_post_act", {}),
+        ("mlp_post_act", {"layers": [1], "neurons": [2, 3], "pass_type": "backward"}),
+        ("mlp_post_act", {"units": [(2, 3), (1, 2)], "quantiles": [0.5, 0.999]}),
+        ("mlp_post_act", {"units": "neuron % 2 = 0", "quantiles": [0.07]}),
+        ("mlp_write_norm", {"layers": 0}),
+        ("attn_value", {"heads": 1, "channels": [0, 2]}),
+    ],
+)
+def test_statistics(
+    remote: RemoteStore, kept: tuple[RemoteStore, Store], store: Store, name: str, options: Any
+) -> None:
+    for there, here in ((remote, store), kept):
+        if here is not store and (name != "mlp_post_act" or "pass_type" in options):
+            continue
+        expected = here.statistics(name, **options)
+        found = there.statistics(name, **options)
+        assert type(found) is type(expected)
+        assert (found.scalar, found.source) == (expected.scalar, expected.source)
+        assert found.quantiles == expected.quantiles
+        assert found.to_arrow().schema.equals(expected.to_arrow().schema)
+        assert str(found.rows()) == str(expected.rows())
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RemoteStore, Store]]:
+    """A store with histograms, of which a server gives four rows at a time."""
+    rng = np.random.default_rng(8)
+    folder = tmp_path_factory.mktemp("kept") / "store"
+    build_store(folder, {"mlp_post_act": rng.normal(size=(3, 90, 6))}, [40, 50])
+    with Store(folder) as writable:
+        writable.index("mlp_post_act", parts=["histogram"])
+    with (
+        Store(folder) as opened,
+        background(opened, ServerSettings(max_rows=4)) as server,
+        connect(server.url) as connected,
+    ):
+        assert opened.statistics("mlp_post_act").quantiles
+        yield connected, opened
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "options"),
+    [
+        ("mlp_post_act", (1, 2), {}),
+        ("mlp_post_act", (2, 3), {}),
+        ("mlp_post_act", (0, 5), {"pass_type": "backward"}),
+        ("mlp_write_norm", np.array([2, 0]), {}),
+        ("attn_value", (1, 1, 2), {}),
+    ],
+)
+def test_histogram(
+    remote: RemoteStore, store: Store, name: str, unit: Any, options: dict[str, Any]
+) -> None:
+    found = remote.histogram(name, unit, **options)
+    assert_same_histogram(found, store.histogram(name, tuple(map(int, unit)), **options))
+
+
+def assert_same_histogram(found: Histogram | None, expected: Histogram | None) -> None:
+    assert found is not None
+    assert expected is not None
+    assert np.array_equal(found.counts, expected.counts)
+    assert (found.nan, found.minimum, found.maximum) == (
+        expected.nan,
+        expected.minimum,
+        expected.maximum,
+    )
+    assert found.to_json() == expected.to_json()
+
+
+def test_a_histogram_of_nothing(tmp_path: Path) -> None:
+    values = np.full((1, 9, 2), np.nan)
+    path = build_store(tmp_path / "s", {"mlp_post_act": values}, [9])
+    with Store(path) as store, background(store) as server, connect(server.url) as remote:
+        found = remote.histogram("mlp_post_act", (0, 1))
+        assert (found.total, found.nan) == (0, store.histogram("mlp_post_act", (0, 1)).nan)
+        assert np.isnan([found.minimum, found.maximum]).all()
+
+
+@pytest.mark.parametrize("place", [(1, 3), (2, 3), (1, 2), (0, 0)])
+def test_neuron(
+    remote: RemoteStore, kept: tuple[RemoteStore, Store], store: Store, place: tuple[int, int]
+) -> None:
+    for there, here in ((remote, store), kept):
+        expected, found = here.neuron(*place), there.neuron(*place)
+        for member in fields(expected):
+            if member.name != "_store":
+                assert getattr(found, member.name) == getattr(expected, member.name)
+        assert (found.firing_rate, found.dead) == (expected.firing_rate, expected.dead)
+        assert repr(found).endswith(repr(expected).removeprefix("<Neuron"))
+        assert_same_histogram(found.histogram, expected.histogram)
+        assert found.similar == expected.similar
+        assert found.similar_in_layer == expected.similar_in_layer
+    assert str(found.examples(k=3)) == str(expected.examples(k=3))
+    assert str(remote.neuron(*place).top) == str(store.neuron(*place).top)
+    assert str(remote.neuron(*place).to_json()) == str(store.neuron(*place).to_json())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mlp_post_act", {"above": 2.5}),
+        ("mlp_post_act", {"at_least": np.float32(1.1), "below": 1.3, "layers": [1]}),
+        ("mlp_post_act", {"at_most": -2, "units": [(0, 1), (2, 5)], "special": True}),
+        ("mlp_post_act", {"above": -1e-3, "below": 1e-3, "where": "position > 5"}),
+        ("mlp_post_act", {"above": 10, "below": 11}),
+        ("mlp_post_act", {"below": -2, "pass_type": "backward", "tokens": range(200)}),
+        ("mlp_write_norm", {"above": 3, "neurons": 2, "max_cells": 10**6}),
+        ("attn_value", {"above": 2, "heads": 1}),
+    ],
+)
+def test_filter_and_count(
+    remote: RemoteStore, store: Store, name: str, options: dict[str, Any]
+) -> None:
+    expected, found = store.filter(name, **options), remote.filter(name, **options)
+    assert type(found) is type(expected)
+    assert found.certificate == expected.certificate
+    assert found.table.schema.equals(expected.table.schema)
+    assert str(found.rows()) == str(expected.rows())
+    numbers, counted = store.count(name, **options), remote.count(name, **options)
+    assert type(counted) is type(numbers)
+    assert counted.certificate == numbers.certificate
+    assert counted.total == numbers.total == len(found)
+    assert counted.to_arrow().equals(numbers.to_arrow())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"k": 3, "distinct": "sequence", "layers": [1]},
+        {"k": 4, "by": "magnitude", "where": "even"},
+    ],
+)
+def test_compare(remote: RemoteStore, store: Store, options: dict[str, Any]) -> None:
+    names = ["mlp_post_act", store.scalar("mlp_write_norm")]
+    expected, found = store.compare(names, **options), remote.compare(names, **options)
+    assert type(found) is type(expected)
+    assert found.certificates == expected.certificates
+    assert found.to_arrow().schema.equals(expected.to_arrow().schema)
+    assert str(found.rows()) == str(expected.rows())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mlp_post_act", {}),
+        ("mlp_post_act", {"per": "layer", "k": 3, "normalise": "std"}),
+        ("mlp_write_norm", {"units": [(0, 1), (0, 2)], "combine": "sum"}),
+        ("resid_post_mlp_norm", {"tokens": [3, 4]}),
+    ],
+)
+def test_explain(remote: RemoteStore, store: Store, name: str, options: dict[str, Any]) -> None:
+    assert remote.explain(name, **options) == store.explain(name, **options)
 
 
 ERRORS = [
@@ -325,6 +482,19 @@ ERRORS = [
         InvalidInput,
         ErrorKind.INVALID_ARGUMENT,
     ),
+    (lambda s: s.filter("mlp_post_act"), InvalidInput, ErrorKind.INVALID_ARGUMENT),
+    (lambda s: s.filter("mlp_post_act", above="x"), InvalidInput, ErrorKind.INVALID_ARGUMENT),
+    (lambda s: s.filter("mlp_post_act", above=0, limit=3), InvalidInput, ErrorKind.TOO_LARGE),
+    (lambda s: s.count("mlp_post_act", above=float("nan")), InvalidInput, None),
+    (lambda s: s.compare(["mlp_post_act"]), InvalidInput, ErrorKind.INVALID_ARGUMENT),
+    (lambda s: s.compare(["mlp_post_act", "attn_value"]), InvalidInput, None),
+    (lambda s: s.explain("nonsense"), InvalidInput, ErrorKind.UNKNOWN_SCALAR),
+    (lambda s: s.neuron(0, 6), InvalidInput, ErrorKind.UNKNOWN_UNIT),
+    (lambda s: s.histogram("mlp_post_act", (0, 6)), InvalidInput, ErrorKind.UNKNOWN_UNIT),
+    (lambda s: s.histogram("mlp_post_act", (0,)), InvalidInput, ErrorKind.UNKNOWN_UNIT),
+    (lambda s: s.statistics("nonsense"), InvalidInput, ErrorKind.UNKNOWN_SCALAR),
+    (lambda s: s.statistics("mlp_post_act", layers=9), InvalidInput, ErrorKind.UNKNOWN_LAYER),
+    (lambda s: s.statistics("resid_post_mlp_norm"), Unavailable, ErrorKind.NOT_STORED),
     (lambda s: s.raw("nonsense"), InvalidInput, ErrorKind.UNKNOWN_LOCATION),
     (lambda s: s.raw("mlp_post_act", sequences=[99]), InvalidInput, ErrorKind.UNKNOWN_ROW),
     (lambda s: s.raw("mlp_post_act", tokens=[10**6]), InvalidInput, ErrorKind.UNKNOWN_ROW),
@@ -388,6 +558,12 @@ def test_errors_that_only_a_server_has(remote: RemoteStore) -> None:
 def test_what_a_query_cannot_say_is_refused_here(remote: RemoteStore) -> None:
     with pytest.raises(TypeError, match="nonsense"):
         remote.topk("mlp_post_act", nonsense=1)
+    with pytest.raises(TypeError, match="per"):
+        remote.compare(["mlp_post_act", "mlp_write_norm"], per="layer")
+    with pytest.raises(TypeError, match="k"):
+        remote.filter("mlp_post_act", above=1, k=3)
+    with pytest.raises(TypeError, match="where"):
+        remote.statistics("mlp_post_act", where="even")
     with pytest.raises(TypeError, match="layers"):
         remote.examples("mlp_post_act", (0, 1), layers=[1])
     for call in (
@@ -397,6 +573,8 @@ def test_what_a_query_cannot_say_is_refused_here(remote: RemoteStore) -> None:
         lambda: remote.topk(".."),
         lambda: remote.topk("mlp_post_act", units=[(1, 2, 3)]),
         lambda: remote.topk("mlp_post_act", units=3),
+        lambda: remote.statistics("mlp_post_act", quantiles=[]),
+        lambda: remote.statistics("mlp_post_act", quantiles=["0.5"]),
         lambda: remote.neuron("x", 0),  # type: ignore[arg-type]
         lambda: remote.sql("SELECT ?", [float("nan")]),
     ):

@@ -1,7 +1,7 @@
 """Copies of arrays by column: the same bits, in another order, and never a wrong one."""
 
-import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ from actstore.query.session import Store
 from actstore.store import column_copies
 from actstore.store.blobs import LocalBlobs
 from actstore.store.column_copies import copy_columns
-from actstore.store.errors import ActstoreError, InvalidInput, StoreDamaged, Unavailable
+from actstore.store.commits import commit_path
+from actstore.store.errors import InvalidInput, StoreDamaged, Unavailable
+from actstore.store.layout import StoredDtype
+from actstore.store.manifest import SetRecord
+from actstore.store.publishing import publish_metadata, publish_segment, segment_files
 from actstore.store.reader import StoreReader
+from actstore.store.shards import SegmentBuffer
 from actstore.store.verification import verify_store
 from actstore.store.vocabulary import ActivationLocationType, PassType
 
@@ -156,6 +161,87 @@ def test_an_appended_store_is_completed_by_another_run(tmp_path: Path) -> None:
     assert verify_store(path).ok
 
 
+def ingest_again(path: Path, segment: int, seed: int) -> None:
+    """Repair: a segment's record and files go, and other values come."""
+    reader = StoreReader(path)
+    base = reader.sets["base"]
+    reader.blobs.delete(commit_path("base", segment))
+    for key in segment_files(base, segment):
+        reader.blobs.delete(key)
+    commit_segments(path, {NAME: values(seed)}, [segment])
+    reader.close()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_copy_of_bytes_that_are_gone_is_not_read_and_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    path = build(tmp_path / "store")
+    copy_columns(path, NAME)
+    ingest_again(path, 1, seed=8)
+    reader = StoreReader(path)
+    assert not reader.column_copies
+    expected = reader.arrays[PLACE].reader.window(1, 0, 0, 512)
+    assert (
+        expected.tobytes()
+        != StoreReader(build(tmp_path / "other"))
+        .arrays[PLACE]
+        .reader.window(1, 0, 0, 512)
+        .tobytes()
+    )
+    reader.close()
+    if dies:
+        # A kill while the old files go: the record, which goes last, is still there.
+        delete, lives = LocalBlobs.delete, iter((True, False))
+
+        def dying(self: LocalBlobs, key: str) -> None:
+            if "columns-" in key and not next(lives):
+                raise SystemExit
+            delete(self, key)
+
+        monkeypatch.setattr(LocalBlobs, "delete", dying)
+        with pytest.raises(SystemExit):
+            copy_columns(path, NAME)
+        monkeypatch.undo()
+        assert not StoreReader(path).column_copies
+    assert copy_columns(path, NAME).written == 1
+    copy = StoreReader(path).column_copies[PLACE]
+    assert copy.reader.window(1, 0, 0, 512).tobytes() == expected.tobytes()
+    assert verify_store(path).ok
+
+
+def store_as_float32(path: Path) -> None:
+    """A set ``wide`` that replaces the array by one of float32."""
+    reader = StoreReader(path)
+    array = reader.arrays[PLACE]
+    spec = replace(array.spec, dtype=StoredDtype.FLOAT32, variant="wide")
+    record = SetRecord("wide", (spec,), {}, replaces=(array.spec.key,))
+    reader.blobs.publish(record.path, [record.encode()])
+    publish_metadata(reader.blobs, record, reader.planned_segments)
+    for number in array.segments:
+        buffer = SegmentBuffer(spec, array.rows_of(number))
+        for layer in range(LAYERS):
+            buffer.put(layer, 0, array.reader.window(number, layer, 0, 512).astype(np.float32))
+        segment, plan = reader.segment(number), reader.plan_of(number)
+        publish_segment(reader.blobs, record, plan.hash, segment, {spec.key: buffer})
+    reader.close()
+
+
+def test_a_copy_of_an_array_that_another_set_replaces_is_not_read(tmp_path: Path) -> None:
+    path = build(tmp_path / "store")
+    copy_columns(path, NAME)
+    store_as_float32(path)
+    reader = StoreReader(path)
+    assert reader.arrays[PLACE].spec.key == f"{NAME}/forward@wide"
+    assert not reader.column_copies
+    reader.close()
+    copy_columns(path, NAME)
+    copy = StoreReader(path).column_copies[PLACE]
+    assert copy.spec.copy_of == f"{NAME}/forward@wide"
+    assert copy.spec.dtype == "float32"
+    assert verify_store(path).ok
+
+
 def test_what_cannot_be_copied_says_why(tmp_path: Path) -> None:
     path = build(tmp_path / "store")
     with pytest.raises(Unavailable, match="not stored"):
@@ -180,41 +266,6 @@ def test_a_file_of_something_else_is_not_taken_for_a_copy(tmp_path: Path) -> Non
     shutil.copy(shard, target)
     with pytest.raises(StoreDamaged, match="no copy of"):
         copy_columns(path, NAME)
-
-
-def test_a_page_of_a_column_costs_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = build_store(
-        tmp_path / "store", {NAME: values(2, 8192)}, [1024] * 8, dtype="float16", segment_rows=8192
-    )
-    copy_columns(path, NAME)
-    reader = StoreReader(path)
-    counted: list[int] = []
-    preadv = os.preadv
-
-    def counting(descriptor: int, buffers: Any, offset: int) -> int:
-        counted.append(sum(len(one) for one in buffers))
-        return preadv(descriptor, buffers, offset)
-
-    monkeypatch.setattr("actstore.store.shards.os.preadv", counting)
-    reader.column_copies[PLACE].reader.window(0, 0, 512, 1024, [3])
-    assert counted == [4096]
-    counted.clear()
-    reader.arrays[PLACE].reader.window(0, 0, 512, 1024, [0])
-    assert counted == [512 * 32 * 2]
-    reader.close()
-
-
-def test_announcing_changes_nothing(tmp_path: Path) -> None:
-    path = build(tmp_path / "store")
-    reader = StoreReader(path)
-    array = reader.arrays[PLACE]
-    before = array.reader.window(1, 0, 10, 300, [0, 1])
-    for start, stop in ((0, 512), (10, 300), (500, 2000), (400, 400)):
-        array.reader.prefetch(1, 0, start, stop, [0, 1])
-    assert before.tobytes() == array.reader.window(1, 0, 10, 300, [0, 1]).tobytes()
-    with pytest.raises(ActstoreError):
-        array.reader.prefetch(99, 0, 0, 10, [0])
-    reader.close()
 
 
 def test_steps_cover_every_publication(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,7 +335,8 @@ def test_nodes_that_are_no_predicates_of_ours() -> None:
     odd = [
         nodes.Binary("~", column, one),
         nodes.Binary("=", nodes.Col(("layer", "field")), one),
-        nodes.Binary("=", column, nodes.Lit("x", "VARCHAR")),
+        nodes.Binary("<", column, nodes.Lit("x", "VARCHAR")),
+        nodes.In(column, [nodes.Lit("x", "VARCHAR"), nodes.Lit(None, "VARCHAR")]),
         nodes.Binary("=", column, nodes.Lit(math.nan, "FLOAT")),
         nodes.Binary("=", column, nodes.Lit(None, "INTEGER")),
         nodes.Unary("-", equal),

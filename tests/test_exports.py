@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from typer.testing import CliRunner
 from actstore.cli.exporting import export
 from actstore.query.exports import export_neurons, export_table
 from actstore.query.exports.tables import CERTIFICATE
-from actstore.query.exports.unit_record import ExportChoice, Moments
+from actstore.query.exports.unit_record import Bars, ExportChoice, Moments
 from actstore.query.session import Store
 from actstore.store.errors import ErrorKind, InvalidInput, WriteFailed
+from actstore.store.histograms import Histogram
 
 LENGTHS = [60, 100, 5, 90, 120, 33]
 CHOICE = ExportChoice(top=4, random=3, bottom=2, quantiles=4, window=(5, 3))
@@ -211,7 +213,7 @@ def test_neuron_viewer_records(store: Store, path: Path, values: Any, tmp_path: 
     assert record["mean"] == pytest.approx(ordinary.mean())
     assert record["variance"] == pytest.approx(ordinary.var())
     centred = (ordinary - ordinary.mean()) / ordinary.std()
-    assert record["skewness"] == pytest.approx((centred**3).mean())
+    assert record["skewness"] == pytest.approx((centred**3).mean(), rel=1e-5)
     assert record["kurtosis"] == pytest.approx((centred**4).mean())
     stored = store.sql("SELECT mean, kurtosis FROM neurons WHERE layer = 1 AND neuron = 3")
     assert stored.fetchall()[0] == pytest.approx((record["mean"], record["kurtosis"]))
@@ -334,7 +336,11 @@ def test_neuronpedia_layout(store: Store, path: Path, values: Any, tmp_path: Pat
         ordinary = ordinary_values(store, path, values, 1, int(row["index"]))
         assert row["maxActApprox"] == ordinary.max()
         assert row["frac_nonzero"] == pytest.approx((ordinary > 0).mean())
-        assert sum(row["freq_hist_data_bar_heights"]) == (ordinary != 0).sum()
+        heights = row["freq_hist_data_bar_heights"]
+        assert sum(heights) == pytest.approx((ordinary != 0).sum())
+        assert heights == list(
+            Bars.of(store.histogram("mlp_post_act", (1, int(row["index"])))).heights
+        )
         assert len(row["freq_hist_data_bar_values"]) == len(row["freq_hist_data_bar_heights"])
         promoted = store.sql(
             f"SELECT promoted, suppressed FROM neurons WHERE layer = 1 AND neuron = {row['index']}"
@@ -416,8 +422,25 @@ def test_refused(
 
 
 def test_moments_of_little() -> None:
-    assert Moments.of(np.empty(0, np.float32)) == Moments(0, None, None, None, None)
-    assert Moments.of(np.ones(3, np.float32)) == Moments(3, 1.0, 0.0, None, None)
+    assert Moments.of_values(np.empty(0, np.float32)) == Moments(None, None, None, None)
+    assert Moments.of_values(np.ones(3, np.float32)) == Moments(1.0, 0.0, None, None)
+
+
+def test_moments_of_values_are_those_of_the_store(store: Store, path: Path, values: Any) -> None:
+    found = store.neuron(1, 3).statistics
+    assert found is not None
+    counted = Moments.of_values(ordinary_values(store, path, values, 1, 3))
+    assert astuple(counted) == pytest.approx(astuple(Moments.of(found)), rel=1e-5)
+
+
+def test_bars_hold_what_is_not_zero() -> None:
+    given = np.array([0, 0, -0.0, 1, 2, 4, 4, 8, 0.001], np.float32)
+    bars = Bars.of(Histogram.of_values(given))
+    assert sum(bars.heights) == pytest.approx(6)
+    assert len(bars.centres) == len(bars.heights) == 50
+    assert bars.heights[-1] == pytest.approx(1)
+    assert Bars.of(Histogram.of_values(given[:3])) == Bars()
+    assert Bars.of(Histogram.of_values(given[:0])) == Bars()
 
 
 @pytest.fixture(scope="module")

@@ -129,8 +129,9 @@ PLACES = [
 
 
 @pytest.mark.parametrize("address", PLACES)
-def test_page_is_sound(client: TestClient, address: str) -> None:
+def test_page_is_sound(client: TestClient, path: Path, address: str) -> None:
     page = page_of(client, address)
+    assert str(path) not in page.text
     assert page.all("html")[0]["lang"] == "en"
     assert len(page.all("main")) == 1
     assert len(page.all("h1")) + address.count("/derived") + address.count("/similar") == 1
@@ -294,6 +295,10 @@ def test_store_that_is_not_complete_says_so(tmp_path: Path) -> None:
         assert "0 of 1 segments are stored so far" in page.text
         assert "No sequence is stored yet" in page_of(client, "/sequences").text
         assert "nothing_committed" in page_of(client, "/heads/0/0", 404).text
+        for address in ("/neurons", "/neurons/0/1", "/heads", "/scalars", "/sql?q=FROM+neurons"):
+            page = page_of(client, address)
+            assert str(made) not in page.text, address
+        assert "no committed segment" in page_of(client, "/neurons/0/1").text
 
 
 @pytest.mark.parametrize(

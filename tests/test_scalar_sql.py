@@ -5,6 +5,8 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from store_builder import build_store, stored_rows
 
 from actstore.query.derived import SCALARS
+from actstore.query.derived.registry import temporary_scalars
 from actstore.query.session import Store
 from actstore.query.sql import Sql
 from actstore.store.errors import ErrorKind, InvalidInput
@@ -395,6 +398,24 @@ def test_every_kind_of_scalar_is_a_table(every_kind: tuple[Store, Sql], name: st
                 assert Counter(rows_of(found)) == Counter(rows_of(expected)), query
 
 
+def test_projections_of_a_store_and_registered_scalars_are_tables(
+    every_kind: tuple[Store, Sql],
+) -> None:
+    store, sql = every_kind
+    width = store.sources.dimensions.d_model
+    mine = store.project("resid_post_mlp", np.arange(width) - 3.0, name="mine")
+    found = sql.fetch("SELECT * FROM Mine WHERE layer = 1 ORDER BY value DESC LIMIT 3")
+    assert found.column_names == ["layer", "token", "special", "value"]
+    best = store.topk(mine, layers=1, k=3, special=True)
+    assert found.column("value").to_pylist() == best.column("value")
+    theirs = replace(SCALARS["mlp_write_norm"], name="their_norm")
+    with temporary_scalars(theirs):
+        query = "SELECT max(value) FROM {} WHERE layer = 0"
+        assert sql.fetch(query.format("their_norm")) == sql.fetch(query.format("mlp_write_norm"))
+    with pytest.raises(InvalidInput, match="their_norm"):
+        sql.fetch("SELECT * FROM their_norm")
+
+
 def test_who_attends_to_a_token_is_looked_for_in_its_sequence(
     every_kind: tuple[Store, Sql],
 ) -> None:
@@ -552,6 +573,18 @@ def test_a_relation_is_read_when_it_is_fetched(sql: Sql) -> None:
     assert len(relation.union(relation).fetchall()) == 18
 
 
+def test_threads_may_ask_at_once(sql: Sql) -> None:
+    queries = [
+        f"SELECT value FROM mlp_post_act WHERE neuron = {n} ORDER BY value DESC LIMIT 5"
+        for n in range(NEURONS)
+    ]
+    expected = [rows_of(sql.fetch(query)) for query in queries]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda query: rows_of(sql.fetch(query)), queries))
+            assert found == expected
+
+
 def test_scalars_are_tables_with_a_store_alone(sql: Sql, store: Store) -> None:
     described = sql.fetch("DESCRIBE mlp_post_act").column("column_name").to_pylist()
     assert described == ["layer", "token", "neuron", "special", "value"]
@@ -602,10 +635,34 @@ def test_promotes_is_an_effect_less_the_mean(sql: Sql) -> None:
     assert effects.min() < 0 < effects.max()
     single = sql.fetch("SELECT promotes(0, 3, ' a') AS e").column("e").to_pylist()
     assert single[0] in effects
-    with pytest.raises(InvalidInput, match="vocabulary"):
-        sql.fetch("SELECT promotes(0, 3, 'no such text')")
-    with pytest.raises(InvalidInput, match="no neuron 7"):
-        sql.fetch("SELECT promotes(0, 7, ' a')")
+    nothing = "SELECT promotes(0, 3, 'no such text'), promotes(0, 7, ' a'), promotes(2, 0, ' a')"
+    assert set(sql.fetch(nothing).to_pylist()[0].values()) == {None}
+
+
+def test_who_promotes_a_token_is_one_scan_of_the_neurons(sql: Sql) -> None:
+    query = """
+        SELECT layer, neuron, promotes(layer, neuron, ' a') AS effect
+        FROM neurons ORDER BY effect DESC LIMIT 4
+    """
+    found = sql.fetch(query).to_pylist()
+    assert sql.last is not None
+    assert sql.last.cells == 2 * NEURONS
+    single = [
+        sql.fetch(f"SELECT promotes({row['layer']}, {row['neuron']}, ' a') AS e").to_pylist()[0]
+        for row in found
+    ]
+    assert [row["effect"] for row in found] == [row["e"] for row in single]
+    ranks = sql.fetch(
+        "SELECT rank, effect, row_number() OVER (ORDER BY effect DESC, token_id) AS place"
+        " FROM neuron_effects WHERE layer = 1 AND neuron = 2"
+    )
+    assert ranks.num_rows == 48
+    assert ranks.column("rank").to_pylist() == ranks.column("place").to_pylist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("actstore.query.sql_promotion._MOST_EFFECTS", 100)
+        with pytest.raises(InvalidInput, match="more than 100") as caught:
+            sql.fetch("SELECT max(effect) FROM neuron_effects")
+        assert caught.value.kind is ErrorKind.TOO_LARGE
 
 
 def test_predicates_of_topk_may_ask_scalars(sql: Sql) -> None:

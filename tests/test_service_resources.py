@@ -65,9 +65,12 @@ EVERY_RESOURCE: list[tuple[str, type[BaseModel]]] = [
     ("/count/mlp_post_act?above=3", models.TopKModel),
     ("/examples/mlp_post_act?unit=1:3", models.ExamplesModel),
     ("/neurons", models.TableModel),
-    ("/neurons/1/3", models.UnitModel),
+    ("/neurons/1/3", models.NeuronModel),
     ("/neurons/1/3/examples", models.ExamplesModel),
     ("/neurons/1/3/statistics", models.TableModel),
+    ("/neurons/1/3/histogram", models.HistogramModel),
+    ("/histogram/mlp_write_norm?unit=1:3&bins=7", models.HistogramModel),
+    ("/statistics/mlp_post_act", models.StatisticsModel),
     ("/heads", models.TableModel),
     ("/heads/1/0", models.UnitModel),
     ("/latents", models.TableModel),
@@ -289,14 +292,61 @@ def test_a_sequence_and_its_tokens(client: TestClient, store: actstore.Store) ->
     assert [row["document"] for row in documents] == [1, 3, 5]
 
 
-def test_statistics_are_of_the_values(client: TestClient) -> None:
-    found = body(client, "/neurons/1/2/statistics")["rows"]
-    assert [row["pass"] for row in found] == ["forward"]
+def test_statistics_are_of_the_values(client: TestClient, store: actstore.Store) -> None:
+    rows = body(client, "/neurons/1/2/statistics")["rows"]
+    assert [row["pass"] for row in rows] == ["forward"]
     ordinary = np.delete(VALUES["mlp_post_act"][1, :, 2], np.cumsum((0, *LENGTHS[:-1])))
-    assert found[0]["count"] == len(ordinary)
-    assert found[0]["max"] == float(ordinary.max())
+    assert rows[0]["count"] == len(ordinary)
+    assert rows[0]["max"] == float(ordinary.max())
+    (own,) = store.statistics("mlp_post_act", units=[(1, 2)])
+    assert rows == [{"scalar": "mlp_post_act", "pass": "forward", **own}]
     listed = body(client, "/statistics", location="mlp_post_act", layer=1, unit=2)["rows"]
-    assert listed == found
+    assert {name: listed[0][name] for name in ("count", "max", "mean")} == {
+        name: own[name] for name in ("count", "max", "mean")
+    }
+    scaled = body(client, "/neurons/1/2/statistics", scalar="mlp_write_norm")["rows"]
+    assert scaled[0]["mean"] == store.statistics("mlp_write_norm", units=[(1, 2)])[0]["mean"]
+
+
+def test_statistics_of_a_scalar(client: TestClient, store: actstore.Store) -> None:
+    expected = store.statistics("mlp_post_act")
+    every = body(client, "/statistics/mlp_post_act")
+    assert every["rows"] == expected.to_json()["rows"]
+    assert (every["source"], every["total"]) == (expected.source, len(expected))
+    part = body(client, "/statistics/mlp_post_act", offset=3, limit=2)
+    assert part["rows"] == every["rows"][3:5]
+    assert body(client, "/statistics/mlp_post_act", units="1:2,0:3")["total"] == 2
+    table = arrow(client, "/statistics/mlp_post_act", layer=1, neuron=[0, 4])
+    assert table.to_pylist() == store.statistics("mlp_post_act", layers=1, neurons=[0, 4]).rows()
+    missing = client.get(f"{API}/statistics/resid_post_mlp_norm")
+    assert (missing.status_code, missing.json()["kind"]) == (404, "not_stored")
+    unknown = client.get(f"{API}/statistics/nonsense")
+    assert (unknown.status_code, unknown.json()["kind"]) == (404, "unknown_scalar")
+
+
+def test_a_histogram_is_the_stores(client: TestClient, store: actstore.Store) -> None:
+    expected = store.histogram("mlp_post_act", (1, 3))
+    found = body(client, "/neurons/1/3/histogram", bins=5)
+    assert {name: found[name] for name in expected.to_json()} == expected.to_json()
+    shown = expected.rebinned(5)
+    assert [one["count"] for one in found["rebinned"]] == shown.counts.tolist()
+    assert [one["low"] for one in found["rebinned"]] == shown.edges[:-1].tolist()
+    assert (found["scalar"], found["unit"], found["estimated"]) == ("mlp_post_act", [1, 3], True)
+    assert body(client, "/histogram/mlp_post_act", unit="1:3", bins=5) == found
+    table = arrow(client, "/neurons/1/3/histogram")
+    assert table.column("count").to_pylist() == [one["count"] for one in found["bins"]]
+    for unit in ("1:99", "1"):
+        answer = client.get(f"{API}/histogram/mlp_post_act", params={"unit": unit})
+        assert (answer.status_code, answer.json()["kind"]) == (404, "unknown_unit")
+    assert client.get(f"{API}/neurons/1/3/histogram", params={"bins": 0}).status_code == 422
+
+
+def test_a_neuron_is_the_stores(client: TestClient, store: actstore.Store) -> None:
+    found = body(client, "/neurons/1/3")
+    expected = store.neuron(1, 3).to_json()
+    assert {name: found[name] for name in expected} == json.loads(json.dumps(expected))
+    assert found.keys() - expected.keys() == {"row", "links"}
+    assert client.get(f"{API}/neurons/1/3").headers["etag"]
 
 
 def test_sql_by_address_and_by_body(client: TestClient) -> None:

@@ -27,7 +27,14 @@ from viewer_store import (
 from actstore.query import notebooks
 from actstore.query.service.pages.templating import colour_class, environment, style_sheet
 from actstore.query.session import Store
-from actstore.query.views.charts import ChartSuggestion, draw, suggest, suggested_chart
+from actstore.query.views.charts import (
+    ChartSuggestion,
+    distribution_chart,
+    draw,
+    draw_distribution,
+    suggest,
+    suggested_chart,
+)
 from actstore.query.views.colours import STEPS, Scale, ramp
 from actstore.query.views.derived_values import derived_at_examples
 from actstore.query.views.distribution import BINS, Distribution
@@ -380,6 +387,12 @@ def test_histogram_is_drawn_without_scripts_and_styles() -> None:
     assert not re.search(r"<script|<style|style=|https?://(?!www\.w3\.org)", drawing.svg)
     assert "rows" in drawing.columns
     assert sum(int(row[2].replace(",", "")) for row in drawing.rows) == 12
+
+
+def test_histogram_is_drawn_as_the_chart_that_altair_checks() -> None:
+    for values_ in (np.arange(-3, 9), np.zeros(70), np.linspace(0.1, 9, 5000)):
+        found = Distribution.of_values(values_.astype(np.float32))
+        assert draw_distribution(found, "x y") == draw(distribution_chart(found, "x y"))
 
 
 @pytest.mark.parametrize(

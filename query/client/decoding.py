@@ -3,21 +3,36 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actstore.query.comparison import Comparison
 from actstore.query.examples import Example, Examples
 from actstore.query.inventory import LatentSetInfo, LocationInfo, StoreInfo
-from actstore.query.results import Certificate, TopK
+from actstore.query.results import Answer, Cells, Certificate, TopK
 from actstore.query.rows import Rows
 from actstore.query.tensors import LabelledTensor
+from actstore.query.thresholds import Counts
+from actstore.store.histograms import BINS, Histogram, bins_of
 
-__all__ = ["examples_of", "info_of", "joined", "read_table", "tensor_of", "topk_of"]
+__all__ = [
+    "cells_of",
+    "comparison_of",
+    "counts_of",
+    "examples_of",
+    "histogram_of",
+    "info_of",
+    "joined",
+    "read_table",
+    "tensor_of",
+    "topk_of",
+]
 
 _METADATA = b"actstore"
+_A = TypeVar("_A", bound=Answer)
 
 
 def read_table(body: bytes) -> tuple[pa.Table, dict[str, Any]]:
@@ -29,9 +44,43 @@ def read_table(body: bytes) -> tuple[pa.Table, dict[str, Any]]:
 
 def topk_of(body: bytes) -> TopK:
     """The answers of a ranking."""
+    return _answer(TopK, body)
+
+
+def cells_of(body: bytes) -> Cells:
+    """The values in an interval."""
+    return _answer(Cells, body)
+
+
+def _answer(kind: type[_A], body: bytes) -> _A:
     table, beside = read_table(body)
     texts = table.column("text").to_pylist()
-    return TopK(table.drop_columns("text"), _certificate(beside), partial(list, texts))
+    return kind(table.drop_columns("text"), _certificate(beside), partial(list, texts))
+
+
+def counts_of(body: bytes) -> Counts:
+    """How many values of each unit lie in an interval."""
+    table, beside = read_table(body)
+    return Counts(table, _certificate(beside))
+
+
+def comparison_of(body: bytes) -> Comparison:
+    """Several scalars side by side."""
+    table, beside = read_table(body)
+    found = {name: Certificate(**one) for name, one in beside["certificates"].items()}
+    return Comparison(table, found)
+
+
+def histogram_of(body: bytes) -> Histogram:
+    """How the values of a unit are spread."""
+    table, beside = read_table(body)
+    low = table.column("low").to_numpy()
+    high = table.column("high").to_numpy()
+    counts = np.zeros(BINS, np.int64)
+    counts[bins_of(low)] = table.column("count").to_numpy()
+    # The outermost bins are cut at the unit's own extremes.
+    ends = (float(low[0]), float(high[-1])) if len(low) else (np.nan, np.nan)
+    return Histogram(counts, int(beside["nan"]), *ends)
 
 
 def examples_of(body: bytes) -> Examples:

@@ -14,22 +14,33 @@ from typing import Any, Self, overload
 import pyarrow as pa
 
 from actstore.query.client.decoding import (
+    cells_of,
+    comparison_of,
+    counts_of,
     examples_of,
+    histogram_of,
     info_of,
     joined,
     read_table,
     tensor_of,
     topk_of,
 )
+from actstore.query.client.remote_neuron import RemoteNeuron
 from actstore.query.client.remote_rows import RemoteRows
 from actstore.query.client.requests import (
     API,
+    COMPARISON,
     CONTEXTS,
+    EXPLANATION,
+    INTERVAL,
     RANKING,
+    STATISTICS,
+    THRESHOLD,
     Numbers,
     ScalarName,
     plain_values,
     query_pairs,
+    real_numbers,
     require_options,
     resource_path,
     scalar_name,
@@ -38,12 +49,17 @@ from actstore.query.client.requests import (
     window_sizes,
 )
 from actstore.query.client.transport import ARROW, JSON, Transport
+from actstore.query.comparison import Comparison
 from actstore.query.derived import DerivedScalar
 from actstore.query.examples import Examples
+from actstore.query.explanation import Explanation
 from actstore.query.inventory import StoreInfo
-from actstore.query.results import TopK
+from actstore.query.results import Cells, TopK
+from actstore.query.statistics import Statistics
 from actstore.query.tensors import LabelledTensor, LabelledTensors
+from actstore.query.thresholds import Counts
 from actstore.store.errors import ErrorKind, InvalidInput
+from actstore.store.histograms import Histogram
 
 __all__ = ["RemoteStore", "connect"]
 
@@ -151,9 +167,41 @@ class RemoteStore:
             Unavailable: the store cannot derive the scalar.
         """
         require_options("topk", options, RANKING)
-        query = query_pairs({**options, "distinct": options.get("distinct") or "none"})
-        reply = self._transport.get(resource_path("topk", scalar_name(name)), query, ARROW)
+        reply = self._transport.get(
+            resource_path("topk", scalar_name(name)), _ranking(options), ARROW
+        )
         return topk_of(reply.body)
+
+    def explain(self, name: ScalarName, **options: Any) -> Explanation:
+        """How :meth:`topk` would answer; see :func:`actstore.query.explanation.explain`."""
+        require_options("explain", options, EXPLANATION)
+        reply = self._transport.get(
+            resource_path("explain", scalar_name(name)), _ranking(options), JSON
+        )
+        return Explanation(**json.loads(reply.body))
+
+    def compare(self, names: Sequence[ScalarName], **options: Any) -> Comparison:
+        """Several scalars side by side; see :func:`actstore.query.comparison.compare`."""
+        require_options("compare", options, COMPARISON)
+        given = [names] if isinstance(names, str | DerivedScalar) else names
+        named = [("name", scalar_name(name)) for name in given]
+        reply = self._transport.get(f"{API}/compare", [*named, *_ranking(options)], ARROW)
+        return comparison_of(reply.body)
+
+    def filter(self, name: ScalarName, **options: Any) -> Cells:
+        """All values in an interval; see :func:`actstore.query.thresholds.filter_cells`.
+
+        ``limit`` is as many as the server gives, by default.
+        """
+        require_options("filter", options, THRESHOLD | {"limit"})
+        path = resource_path("filter", scalar_name(name))
+        return cells_of(self._transport.get(path, _interval(options), ARROW).body)
+
+    def count(self, name: ScalarName, **options: Any) -> Counts:
+        """How many values lie in an interval; see :func:`actstore.query.thresholds.count`."""
+        require_options("count", options, THRESHOLD)
+        path = resource_path("count", scalar_name(name))
+        return counts_of(self._transport.get(path, _interval(options), ARROW).body)
 
     def examples(self, name: ScalarName, unit: Sequence[int], **options: Any) -> Examples:
         """Contexts of one unit.
@@ -328,16 +376,69 @@ class RemoteStore:
             )
         return RemoteRows(table, truncated=truncated, seconds=float(beside["seconds"]))
 
-    def neuron(self, layer: int, neuron: int) -> dict[str, Any]:
-        """A neuron's row: norms, statistics, the tokens that it promotes and suppresses.
+    # Units
+
+    def neuron(self, layer: int, neuron: int) -> RemoteNeuron:
+        """What the weights and the corpus say of a neuron; see :mod:`actstore.query.neuron`.
 
         Raises:
             InvalidInput: there is no such neuron.
         """
-        found: dict[str, Any] = self._object(
-            f"/neurons/{whole_index(layer)}/{whole_index(neuron)}"
-        )["row"]
-        return found
+        found = self._object(f"/neurons/{whole_index(layer)}/{whole_index(neuron)}")
+        return RemoteNeuron.of(self, found)
+
+    def histogram(
+        self, name: ScalarName, unit: Sequence[int], *, pass_type: str = "forward"
+    ) -> Histogram:
+        """One unit's values by size: as the store keeps it, else counted now.
+
+        Args:
+            name: a derived scalar that the server knows, or a location.
+            unit: (layer, neuron), (layer, head, channel) …
+            pass_type: ``backward`` for the gradient of the store's objective.
+
+        Raises:
+            InvalidInput: an unknown scalar or unit.
+            Unavailable: the store cannot derive the scalar.
+        """
+        numbers = ":".join(map(str, whole_numbers(unit, "unit")))
+        query = query_pairs({"unit": numbers, "pass_type": pass_type})
+        path = resource_path("histogram", scalar_name(name))
+        return histogram_of(self._transport.get(path, query, ARROW).body)
+
+    def statistics(self, name: ScalarName, **options: Any) -> Statistics:
+        """Counts, moments, extremes and quantiles; see :mod:`actstore.query.statistics`.
+
+        Args:
+            name: a derived scalar that the server knows, or a location.
+            options: those of :func:`actstore.query.statistics.statistics`.
+
+        Raises:
+            TypeError: an option that there is not.
+            InvalidInput: as the open store does.
+            Unavailable: the store has no statistics of the scalar.
+        """
+        require_options("statistics", options, STATISTICS)
+        given = dict(options)
+        shares = given.pop("quantiles", None)
+        query = query_pairs(given)
+        if shares is not None:
+            query += [("quantile", one) for one in real_numbers(shares, "quantiles")]
+        path = resource_path("statistics", scalar_name(name))
+        parts: list[pa.Table] = []
+        while True:
+            seen = sum(part.num_rows for part in parts)
+            reply = self._transport.get(path, [*query, ("offset", str(seen))], ARROW)
+            table, beside = read_table(reply.body)
+            parts.append(table)
+            if not table.num_rows or seen + table.num_rows >= beside["total"]:
+                break
+        return Statistics(
+            pa.concat_tables(parts),
+            beside["scalar"],
+            beside["source"],
+            tuple(beside["quantiles"]),
+        )
 
     def neurons(
         self,
@@ -360,40 +461,6 @@ class RemoteStore:
         query = query_pairs({"layers": layers, "dead": dead, "where": where, "sort": sort})
         return self._pages("/neurons", query, limit)
 
-    def statistics(
-        self,
-        location: str | None = None,
-        *,
-        layers: Numbers = None,
-        units: Numbers = None,
-        pass_type: str | None = None,
-        where: str | None = None,
-        sort: str | None = None,
-        limit: int | None = None,
-    ) -> pa.Table:
-        """Counts, moments and extremes of every unit of every location that has a summary.
-
-        Args:
-            location: all by default.
-            layers: all by default.
-            units: all by default.
-            pass_type: ``forward`` or ``backward``; both by default.
-            where: SQL predicate over the table's columns.
-            sort: columns, separated by commas; ``-`` before one for descending.
-            limit: rows wanted; all by default.
-        """
-        query = query_pairs(
-            {
-                "location": location,
-                "layers": layers,
-                "pass_type": pass_type,
-                "where": where,
-                "sort": sort,
-            }
-        )
-        numbers = [] if units is None else [("unit", str(n)) for n in whole_numbers(units, "units")]
-        return self._pages("/statistics", [*query, *numbers], limit)
-
     def _pages(self, path: str, query: list[tuple[str, str]], limit: int | None) -> pa.Table:
         """Every page of a table, or as many as have the rows wanted."""
         pages: list[pa.Table] = []
@@ -412,3 +479,18 @@ class RemoteStore:
     def _object(self, path: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self._transport.get(f"{API}{path}", [], JSON).body)
         return found
+
+
+def _ranking(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return query_pairs({**options, "distinct": options.get("distinct") or "none"})
+
+
+def _interval(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    ends = [
+        (name, number)
+        for name, value in options.items()
+        if name in INTERVAL and value is not None
+        for number in real_numbers(value, name)
+    ]
+    plain = {name: value for name, value in options.items() if name not in INTERVAL}
+    return [*query_pairs(plain), *ends]

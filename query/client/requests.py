@@ -12,12 +12,18 @@ from actstore.store.errors import ErrorKind, InvalidInput
 
 __all__ = [
     "API",
+    "COMPARISON",
     "CONTEXTS",
+    "EXPLANATION",
+    "INTERVAL",
     "RANKING",
+    "STATISTICS",
+    "THRESHOLD",
     "Numbers",
     "ScalarName",
     "plain_values",
     "query_pairs",
+    "real_numbers",
     "require_options",
     "resource_path",
     "scalar_name",
@@ -65,6 +71,13 @@ RANKING = frozenset(
         "pass_type",
         "max_cells",
     }
+)
+COMPARISON = RANKING - {"per", "normalise", "combine"}
+EXPLANATION = RANKING - {"max_cells"}
+INTERVAL = frozenset({"above", "below", "at_least", "at_most"})
+THRESHOLD = INTERVAL | (RANKING - {"k", "per", "distinct", "largest", "by", "normalise", "combine"})
+STATISTICS = frozenset(
+    {"layers", "neurons", "heads", "latents", "channels", "units", "pass_type", "quantiles"}
 )
 CONTEXTS = frozenset({"k", "kind", "distinct", "window", "where", "special", "pass_type", "seed"})
 
@@ -117,6 +130,24 @@ def whole_numbers(values: Any, name: str) -> list[int]:
         raise _invalid(f"{name} is {values!r}; give whole numbers.") from None
     if not numbers:
         raise _invalid(f"{name} is empty; leave it out for all, or name some.")
+    return numbers
+
+
+def real_numbers(values: Any, name: str) -> list[str]:
+    """One number or several, exactly as they are.
+
+    Raises:
+        InvalidInput: they are none.
+    """
+    given = values if isinstance(values, Iterable) else [values]
+    numbers = []
+    for value in given:
+        is_number = isinstance(value, int | float | np.floating | np.integer)
+        if not is_number or isinstance(value, bool):
+            raise _invalid(f"{name} is {value!r}; give numbers.")
+        numbers.append(repr(float(value)))
+    if not numbers:
+        raise _invalid(f"{name} is empty; leave it out for the usual ones, or name some.")
     return numbers
 
 

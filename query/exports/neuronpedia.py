@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from actstore.query.examples import Example, Kind
-from actstore.query.exports.unit_record import UnitRecord
+from actstore.query.exports.unit_record import Bars, UnitRecord
 
 if TYPE_CHECKING:
     from actstore.query.session import Store
@@ -131,6 +131,7 @@ def feature_row(source: NeuronpediaSource, record: UnitRecord) -> dict[str, Any]
     that the column was made for; ``pos_values`` and ``neg_values`` are direct effects on
     centred logits.
     """
+    bars = Bars.of(record.histogram)
     return {
         "modelId": source.model,
         "layer": source.id,
@@ -138,8 +139,8 @@ def feature_row(source: NeuronpediaSource, record: UnitRecord) -> dict[str, Any]
         "creatorId": source.creator,
         "maxActApprox": record.greatest,
         "frac_nonzero": record.share_positive or 0.0,
-        "freq_hist_data_bar_heights": list(record.histogram.counts),
-        "freq_hist_data_bar_values": list(record.histogram.centres),
+        "freq_hist_data_bar_heights": list(bars.heights),
+        "freq_hist_data_bar_values": list(bars.centres),
         "logits_hist_data_bar_heights": [],
         "logits_hist_data_bar_values": [],
         "neuron_alignment_indices": [],

@@ -1,7 +1,7 @@
 """What the exports of neuron pages say of one unit, gathered once for every schema."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +10,15 @@ import numpy.typing as npt
 from actstore.query.derived import DerivedScalar
 from actstore.query.examples import Example, Kind, examples, unit_values
 from actstore.query.neuron import LogitToken, neuron
+from actstore.query.statistics import UnitSummary, unit_summary
+from actstore.store.histograms import Histogram
+from actstore.store.statistics import UnitStatistics
 from actstore.store.vocabulary import Dimension
 
 if TYPE_CHECKING:
     from actstore.query.session import Store
 
-__all__ = ["ExportChoice", "Histogram", "Moments", "UnitReader", "UnitRecord"]
+__all__ = ["Bars", "ExportChoice", "Moments", "UnitReader", "UnitRecord"]
 
 _BINS = 50
 
@@ -44,51 +47,55 @@ class ExportChoice:
 
 @dataclass(frozen=True)
 class Moments:
-    """Population moments over the ordinary rows; None where there are too few values.
+    """Population moments over the ordinary rows; None where they are undefined.
 
     Kurtosis is 3 for a normal distribution.
     """
 
-    count: int
     mean: float | None
     variance: float | None
     skewness: float | None
     kurtosis: float | None
 
     @classmethod
-    def of(cls, values: npt.NDArray[np.float32]) -> "Moments":
-        """The moments of finite values ``(row,)``, in float64."""
-        if not len(values):
-            return cls(0, None, None, None, None)
+    def of(cls, found: UnitSummary) -> "Moments":
+        """Those that the store has."""
+        return cls(found.mean, found.variance, found.skewness, found.kurtosis)
+
+    @classmethod
+    def of_values(cls, values: npt.NDArray[np.float32]) -> "Moments":
+        """Those of values ``(row,)`` without NaN, in float64, by the store's own formulas."""
         wide = values.astype(np.float64)
-        mean = float(wide.mean())
-        second, third, fourth = (float(((wide - mean) ** power).mean()) for power in (2, 3, 4))
-        if second <= 0:
-            return cls(len(wide), mean, 0.0, None, None)
-        return cls(len(wide), mean, second, third / second**1.5, fourth / second**2)
+        with np.errstate(invalid="ignore", over="ignore"):
+            mean = float(wide.mean()) if len(wide) else 0.0
+            sums = [mean, *(float(((wide - mean) ** power).sum()) for power in (2, 3, 4))]
+        counts = np.array([[len(wide), int((wide > 0).sum()), 0]])
+        found = UnitStatistics.from_moments(np.array([sums]), counts)
+        numbers = (found.mean, found.variance, found.skewness, found.kurtosis)
+        return cls(*(None if np.isnan(one[0]) else float(one[0]) for one in numbers))
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Counts of the values that are not zero.
+class Bars:
+    """A chart of the values that are not zero.
 
     Attributes:
-        centres: middle of each bin.
-        counts: values in it.
+        centres: middle of each bar.
+        heights: values in it, estimated where the bins that were counted are wider.
     """
 
     centres: tuple[float, ...] = ()
-    counts: tuple[int, ...] = ()
+    heights: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, values: npt.NDArray[np.float32]) -> "Histogram":
-        """Fifty equal bins over the finite values ``(row,)`` that are not zero."""
-        found = values[values != 0].astype(np.float64)
-        if not len(found):
+    def of(cls, found: Histogram) -> "Bars":
+        """Fifty bars of equal width over the values that are not zero."""
+        counts = np.where((found.edges[:-1] == 0), 0, found.counts)
+        if not counts.any():
             return cls()
-        counts, edges = np.histogram(found, bins=_BINS)
-        centres = (edges[:-1] + edges[1:]) / 2
-        return cls(tuple(centres.tolist()), tuple(counts.tolist()))
+        shown = replace(found, counts=counts).rebinned(_BINS)
+        centres = (shown.edges[:-1] + shown.edges[1:]) / 2
+        return cls(tuple(centres.tolist()), tuple(shown.counts.tolist()))
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,7 @@ class UnitRecord:
     Attributes:
         layer, unit: which one.
         moments: over ordinary rows.
-        greatest, least: of the ordinary rows; None without any.
-        share_positive: share of ordinary values above zero; None without any.
-        histogram: of the values that are not zero.
+        histogram: over ordinary rows.
         promoted, suppressed: tokens with the greatest and least direct effect on their logit,
             with the effect; empty where the store does not know the weights, or the unit is
             no neuron.
@@ -112,14 +117,26 @@ class UnitRecord:
     layer: int
     unit: int
     moments: Moments
-    greatest: float | None
-    least: float | None
-    share_positive: float | None
     histogram: Histogram
     promoted: tuple[tuple[str, float], ...]
     suppressed: tuple[tuple[str, float], ...]
     similar: tuple[tuple[int, float], ...]
     examples: dict[Kind, tuple[Example, ...]]
+
+    @property
+    def greatest(self) -> float | None:
+        """Of the ordinary rows; None without any."""
+        return self.histogram.maximum if self.histogram.total else None
+
+    @property
+    def least(self) -> float | None:
+        """Of the ordinary rows; None without any."""
+        return self.histogram.minimum if self.histogram.total else None
+
+    @property
+    def share_positive(self) -> float | None:
+        """Share of the ordinary values above zero, exactly; None without any."""
+        return self.histogram.share_above(0).estimate if self.histogram.total else None
 
 
 class UnitReader:
@@ -169,17 +186,18 @@ class UnitReader:
             for kind in kinds
             if counts[kind]
         }
-        values, _ = unit_values(self._store, self._declared, layer, unit, None, False)
-        values = values[np.isfinite(values)]
+        known = unit_summary(self._store, self._declared, layer, unit)
+        if known is None:
+            values, _ = unit_values(self._store, self._declared, layer, unit, None, False)
+            moments = Moments.of_values(values)
+        else:
+            moments = Moments.of(known)
         weights = neuron(self._store, layer, unit) if self._are_neurons else None
         return UnitRecord(
             layer=layer,
             unit=unit,
-            moments=Moments.of(values),
-            greatest=float(values.max()) if len(values) else None,
-            least=float(values.min()) if len(values) else None,
-            share_positive=float((values > 0).mean()) if len(values) else None,
-            histogram=Histogram.of(values),
+            moments=moments,
+            histogram=self._store.histogram(self._declared, (layer, unit)),
             promoted=_tokens(weights.promoted) if weights else (),
             suppressed=_tokens(weights.suppressed) if weights else (),
             similar=tuple((one.neuron, one.cosine) for one in weights.similar_in_layer)

@@ -26,6 +26,7 @@ from actstore.query.service.routes import (
     prompts,
     rankings,
     schema,
+    spreads,
     statements,
     units,
     values,
@@ -81,7 +82,7 @@ def create_app(
     app.state.prompt = prompt
     app.state.prompt_turns = Turns()
     install_handlers(app)
-    routers = [holdings, values, rankings, units, corpus, statements]
+    routers = [holdings, values, rankings, spreads, units, corpus, statements]
     if prompt is not None:
         routers.append(prompts)
     for module in routers:

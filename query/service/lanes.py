@@ -19,7 +19,18 @@ _API = "/api/v1/"
 _MAX_WAITING = 256
 """Requests that may wait in one lane; four times the clients that a lab has at once."""
 
-_VALUES = ("topk", "explain", "compare", "filter", "count", "examples", "scalars", "raw")
+_VALUES = (
+    "topk",
+    "explain",
+    "compare",
+    "filter",
+    "count",
+    "examples",
+    "histogram",
+    "scalars",
+    "raw",
+)
+_OF_UNITS = ("/examples", "/histogram")
 _PREDICATES = frozenset({"where", "units", "q"})
 
 
@@ -56,7 +67,8 @@ def lane_of(scope: Scope) -> Lane:
     if path.startswith(_API):
         first, _, rest = path[len(_API) :].partition("/")
         is_list = first == "scalars" and not rest
-        if (first in _VALUES and not is_list) or rest.endswith("/examples"):
+        is_slow = rest.endswith(_OF_UNITS) or (first == "neurons" and rest.count("/") == 1)
+        if (first in _VALUES and not is_list) or is_slow:
             return Lane.VALUES
         return Lane.QUICK
     is_page = not path.startswith(("/api", "/static", "/login", "/openapi.json"))

@@ -14,7 +14,9 @@ __all__ = [
     "ExampleModel",
     "ExamplesModel",
     "ExplanationModel",
+    "HistogramModel",
     "LocationsModel",
+    "NeuronModel",
     "NodeModel",
     "NodeVectorsModel",
     "Problem",
@@ -26,6 +28,7 @@ __all__ = [
     "SequenceModel",
     "SqlModel",
     "SqlRequest",
+    "StatisticsModel",
     "StoreModel",
     "TableModel",
     "TensorModel",
@@ -121,6 +124,94 @@ class UnitModel(_Model):
 
     row: dict[str, Any]
     links: dict[str, str]
+
+
+class BracketModel(_Model):
+    """A number that is not known exactly, and what it is not outside of."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+
+
+class BinModel(_Model):
+    """How many values lie from `low` to `high`."""
+
+    low: float | None = Field(description="least value that the bin may hold; null for infinity")
+    high: float | None = Field(description="greatest value that the bin may hold")
+    count: int
+
+
+class DisplayBinModel(_Model):
+    """How many values about lie from one edge to the next."""
+
+    low: float
+    high: float
+    count: float
+
+
+class SpreadModel(_Model):
+    """Exact counts in bins that are the same for every store."""
+
+    total: int = Field(description="values, NaN excluded")
+    nan: int
+    minimum: float | None
+    maximum: float | None
+    bins: list[BinModel] = Field(description="those that hold values")
+    quantiles: dict[str, BracketModel] = Field(description="by share, such as 0.99")
+
+
+class HistogramModel(SpreadModel):
+    """How the values of one unit are spread over ordinary rows."""
+
+    scalar: str
+    unit: list[int]
+    rebinned: list[DisplayBinModel] = Field(description="bins of equal width, to look at")
+    estimated: bool = Field(description="whether the counts of `rebinned` are estimates")
+
+
+class SummaryModel(_Model):
+    """Statistics of one unit over ordinary rows; null where undefined or not known."""
+
+    count: int
+    nan: int
+    positive_share: float | None
+    mean: float | None
+    variance: float | None
+    std: float | None
+    skewness: float | None
+    kurtosis: float | None
+    min: float | None
+    max: float | None
+    special_min: float | None
+    special_max: float | None
+    quantiles: dict[str, BracketModel]
+
+
+class StatisticsModel(_Model):
+    """Statistics of a scalar's units, a row each."""
+
+    scalar: str
+    source: str = Field(description="what they were read from")
+    quantiles: list[float] = Field(description="shares of which the rows have columns")
+    total: int = Field(description="units in all; the next rows are after `offset`")
+    rows: list[dict[str, Any]]
+
+
+class LogitTokenModel(_Model):
+    """A vocabulary token, and what a neuron adds to its logit per unit of activation."""
+
+    token_id: int
+    text: str
+    logit: float | None
+
+
+class SimilarNeuronModel(_Model):
+    """A neuron that writes in nearly the same direction."""
+
+    layer: int
+    neuron: int
+    cosine: float
 
 
 class SequenceModel(_Model):
@@ -223,6 +314,50 @@ class ExamplesModel(_Model):
     kind: str
     rows: list[ExampleModel]
     certificate: Certificate
+
+
+class NeuronExampleModel(_Model):
+    """A row, the tokens around it, and the neuron's value at each."""
+
+    token: int
+    sequence: int
+    position: int
+    value: float | None
+    quantile: float | None
+    focus: int = Field(description="index of the row itself among the texts")
+    texts: list[str]
+    values: list[float | None]
+
+
+class NeuronExamplesModel(_Model):
+    """Contexts of a neuron."""
+
+    unit: list[int]
+    kind: str
+    rows: list[NeuronExampleModel]
+    certificate: Certificate
+
+
+class NeuronModel(UnitModel):
+    """A neuron: its row, and all that is known of it; null where the store lacks it."""
+
+    layer: int
+    neuron: int
+    neurons: int = Field(description="of the layer")
+    write_norm: float | None
+    read_norm: float | None
+    bias: float | None
+    write_rank: int | None
+    firing_rate: float | None
+    dead: bool | None
+    statistics: SummaryModel | None
+    histogram: SpreadModel | None
+    promoted: list[LogitTokenModel]
+    suppressed: list[LogitTokenModel]
+    similar: list[SimilarNeuronModel]
+    similar_in_layer: list[SimilarNeuronModel]
+    top: NeuronExamplesModel | None
+    bottom: NeuronExamplesModel | None
 
 
 class SqlRequest(_Model):

@@ -232,7 +232,13 @@ def install_handlers(app: FastAPI) -> None:
     """Answer every error of an app with a problem."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return error_of(error, getattr(request.app.state, "roots", ()))
+        problem = error_of(error, getattr(request.app.state, "roots", ()))
+        is_page = not request.url.path.startswith("/api/")
+        if is_page and "text/html" in request.headers.get("accept", ""):
+            from actstore.query.service.pages.rendering import error_page
+
+            return error_page(request, json.loads(bytes(problem.body)), problem.headers)
+        return problem
 
     for kind in (ActstoreError, ServiceError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)

@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from actstore.query.views.charts import Drawing, can_draw, distribution_chart, draw
+from actstore.query.views.charts import Drawing, can_draw, draw_distribution
 from actstore.query.views.text import number
 from actstore.store.histograms import Histogram
 
@@ -64,7 +64,9 @@ class Distribution:
         if not found.total:
             return cls((0.0, 1.0), (0,), found.nan)
         shown = found.rebinned(BINS)
-        counts = tuple(round(count) for count in shown.counts.tolist())
+        # Rounded sums, not counts: so no row is lost, and none is counted twice.
+        sums = np.rint(np.cumsum(shown.counts)).astype(np.int64)
+        counts = tuple(np.diff(sums, prepend=0).tolist())
         return cls(tuple(shown.edges.tolist()), counts, found.nan, is_estimated=True)
 
     @property
@@ -80,5 +82,5 @@ class Distribution:
         """
         bins = zip(self.edges, self.edges[1:], self.counts, strict=False)
         rows = tuple((number(a), number(b), f"{n:,}") for a, b, n in bins if n)
-        svg = draw(distribution_chart(self, title)) if can_draw() else ""
+        svg = draw_distribution(self, title) if can_draw() else ""
         return Drawing(svg, f"Histogram of {title}", ("from", "to", "rows"), rows)

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
 from actstore.query.examples import Kind
-from actstore.query.neuron import LogitToken, Neuron, similar_neurons
+from actstore.query.neuron import ACTIVATION, LogitToken, Neuron, similar_neurons
 from actstore.query.neuron import neuron as describe_neuron
 from actstore.query.scored import score
 from actstore.query.statistics import stored_histograms
@@ -31,7 +29,6 @@ __all__ = [
 ]
 
 EXAMPLE_KINDS: tuple[Kind, ...] = ("top", "random", "bottom", "quantile")
-ACTIVATION = "mlp_post_act"
 
 _WINDOW = (20, 10)
 _FULL_WINDOW = (4096, 4096)
@@ -197,7 +194,7 @@ class NeuronCard:
             if statistics.max is None:
                 scale = Scale.over(value for example in found for value in example.values)
             strips = example_strips(store, found, scale)
-            distribution = _distribution(store, layer, neuron)
+            distribution = _distribution(store, found_neuron)
         return cls(
             layer=layer,
             neuron=neuron,
@@ -248,20 +245,13 @@ def _require_little_work(store: "Store", kind: Kind) -> None:
         )
 
 
-def _distribution(store: "Store", layer: int, neuron: int) -> Distribution | None:
+def _distribution(store: "Store", found: Neuron) -> Distribution | None:
     """Of the values at ordinary rows: counted if they are few, else from the kept histogram."""
-    array = store.reader.arrays.get((ActivationLocationType.MLP_POST_ACT, PassType.FORWARD))
-    if array is None or store.n_tokens > _COUNTED_ROWS:
-        kept = stored_histograms(store, store.scalar(ACTIVATION))
-        return None if kept is None else Distribution.of_histogram(kept.of(layer, neuron))
-    chunk, inside = divmod(neuron, array.spec.chunk_width)
-    parts = [np.empty(0, np.float32)]
-    for segment in array.segments:
-        rows = array.rows_of(segment)
-        column = array.reader.window(segment, layer, 0, rows, [chunk])[:, inside]
-        values = array.spec.dtype.to_float32(column)
-        parts.append(values[~store.reader.segment(segment).special[:rows]])
-    return Distribution.of_values(np.concatenate(parts))
+    is_stored = (ActivationLocationType.MLP_POST_ACT, PassType.FORWARD) in store.reader.arrays
+    is_quick = is_stored and store.n_tokens <= _COUNTED_ROWS
+    if not is_quick and stored_histograms(store, store.scalar(ACTIVATION)) is None:
+        return None
+    return None if found.histogram is None else Distribution.of_histogram(found.histogram)
 
 
 def similar_entries(

@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
 
 from actstore.query.service.pages.templating import environment
+from actstore.query.service.problems import public_text
 from actstore.query.views.tables import Fetch
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def _frame(request: Request) -> dict[str, Any]:
     store = getattr(state, "store", None)
     return {
         "base": base,
+        # Messages of the store's errors may name files; a page says no path of the server.
+        "public": lambda text: public_text(text, getattr(state, "roots", ())),
         "revision": revision(),
         "path": request.url.path.removeprefix(base),
         "version": version("actstore"),

@@ -26,6 +26,8 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # A package that is replaced under a running server does not change its pages halfway.
+        auto_reload=False,
     )
     made.filters.update(
         number=number, percent=percent, pieces=pieces, spelled=spelled, bytes=_bytes

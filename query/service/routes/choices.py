@@ -20,11 +20,19 @@ from actstore.query.service.routes.parameters import (
 )
 from actstore.store.errors import ErrorKind, InvalidInput
 
-__all__ = ["AskedChoice", "AskedRanking", "Choice", "K", "RankingChoice"]
+__all__ = ["AskedChoice", "AskedRanking", "Choice", "K", "RankingChoice", "Units", "chosen_units"]
 
 _PAIRS = re.compile(r"\d{1,9}:\d{1,9}(?:,\d{1,9}:\d{1,9})*")
 
 K = Annotated[int, Query(ge=1, description="number of answers")]
+Units = Annotated[
+    str | None,
+    Query(
+        max_length=20_000,
+        description="SQL predicate over neurons (heads, latents), or layer:unit pairs "
+        "separated by commas",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -39,14 +47,7 @@ class Choice:
     attended: Indices = None
     token: Rows = None
     where: WhereTokens = None
-    units: Annotated[
-        str | None,
-        Query(
-            max_length=20_000,
-            description="SQL predicate over neurons (heads, latents), or layer:unit pairs "
-            "separated by commas",
-        ),
-    ] = None
+    units: Units = None
     special: Special = False
     pass_type: PassName = "forward"
 
@@ -61,7 +62,7 @@ class Choice:
             "attended": self.attended,
             "tokens": self.token,
             "where": self.where,
-            "units": _units(self.units),
+            "units": chosen_units(self.units),
             "special": self.special,
             "pass_type": self.pass_type,
         }
@@ -140,7 +141,7 @@ AskedChoice = Annotated[Choice, Depends()]
 AskedRanking = Annotated[RankingChoice, Depends()]
 
 
-def _units(text: str | None) -> str | list[tuple[int, int]] | None:
+def chosen_units(text: str | None) -> str | list[tuple[int, int]] | None:
     """A predicate as it is; pairs as numbers, which no predicate looks like."""
     if text is None or not _PAIRS.fullmatch(text):
         return text

@@ -32,6 +32,8 @@ _RESOURCES = {
     "heads": "/api/v1/heads",
     "latents": "/api/v1/latents",
     "statistics": "/api/v1/statistics",
+    "statistics_of": "/api/v1/statistics/{name}",
+    "histogram": "/api/v1/histogram/{name}",
     "documents": "/api/v1/documents",
     "sequences": "/api/v1/sequences",
     "sql": "/api/v1/sql",

@@ -87,13 +87,16 @@ def filter_values(
     name: NamePath,
     interval: AskedInterval,
     choice: AskedChoice,
-    limit: Annotated[int, Query(ge=1, description="refuse an answer of more values")] = 1000,
+    limit: Annotated[
+        int | None,
+        Query(ge=1, description="refuse an answer of more values; the server's most by default"),
+    ] = None,
     max_cells: MaxCells = None,
 ) -> Response:
     """Every value in an interval, with its place; refused if there are more than `limit`."""
     found = ask.store.filter(
         name,
-        limit=ask.limit(limit),
+        limit=ask.settings.max_rows if limit is None else ask.limit(limit),
         max_cells=_max_cells(ask, max_cells),
         **asdict(interval),
         **choice.options(),

@@ -6,28 +6,29 @@ from typing import Annotated, Any
 
 from fastapi import Query, Response
 
-from actstore.query.service.models import ExamplesModel, TableModel, UnitModel
+from actstore.query.service.models import (
+    ExamplesModel,
+    HistogramModel,
+    NeuronModel,
+    TableModel,
+    UnitModel,
+)
 from actstore.query.service.negotiation import TABLE
 from actstore.query.service.paging import Cursor, Limit, Sort, TableQuery, Where, page_response
 from actstore.query.service.resources import Ask, Asked, new_router, resource
 from actstore.query.service.routes.parameters import Indices, LayerPath, Layers, UnitPath
 from actstore.query.service.routes.rankings import AskedContexts
-from actstore.store.errors import ErrorKind, InvalidInput, Unavailable
+from actstore.query.service.routes.spreads import AskedSpread, unit_statistics
+from actstore.store.errors import ErrorKind, InvalidInput
 
 __all__ = ["router"]
 
 router = new_router("units")
 
-_MOST_BINS = 500
-"""Of one unit's histograms, forward and backward together."""
-
 SetName = Annotated[
     str | None, Query(alias="set", max_length=200, description="the set of latents")
 ]
 ScalarOf = Annotated[str, Query(max_length=200, description="the scalar whose values are shown")]
-LocationOf = Annotated[
-    str, Query(max_length=200, description="the location whose values are summarised")
-]
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,16 @@ def _row(
     return row
 
 
-def _unit_response(ask: Ask, kind: _Kind, row: dict[str, Any], parts: tuple[str, ...]) -> Response:
+def _unit_response(
+    ask: Ask,
+    kind: _Kind,
+    row: dict[str, Any],
+    parts: tuple[str, ...],
+    facts: Mapping[str, Any] | None = None,
+) -> Response:
     own = f"/api/v1/{kind.table}/{row['layer']}/{row[kind.column]}"
     links = {"self": own, **{part: f"{own}/{part}" for part in parts}}
-    return ask.object({"row": row, "links": links})
+    return ask.object({**(facts or {}), "row": row, "links": links})
 
 
 @resource(router, "/neurons", TableModel, offers=TABLE)
@@ -99,11 +106,12 @@ def neurons(
     return page_response(ask, query, limit, cursor)
 
 
-@resource(router, "/neurons/{layer}/{unit}", UnitModel)
+@resource(router, "/neurons/{layer}/{unit}", NeuronModel)
 def neuron(ask: Asked, layer: LayerPath, unit: UnitPath) -> Response:
-    """One neuron's row."""
+    """One neuron: its weights, tokens, statistics, histogram, contexts and neighbours."""
     row = _row(ask, _NEURONS, layer, unit, {})
-    return _unit_response(ask, _NEURONS, row, ("examples", "statistics", "histogram"))
+    parts = ("examples", "statistics", "histogram")
+    return _unit_response(ask, _NEURONS, row, parts, ask.store.neuron(layer, unit).to_json())
 
 
 @resource(router, "/neurons/{layer}/{unit}/examples", ExamplesModel, offers=TABLE)
@@ -120,32 +128,22 @@ def neuron_examples(
 
 @resource(router, "/neurons/{layer}/{unit}/statistics", TableModel, offers=TABLE)
 def neuron_statistics(
-    ask: Asked, layer: LayerPath, unit: UnitPath, location: LocationOf = "mlp_post_act"
+    ask: Asked, layer: LayerPath, unit: UnitPath, scalar: ScalarOf = "mlp_post_act"
 ) -> Response:
-    """Counts, moments and extremes of one neuron, forward and backward."""
-    _row(ask, _NEURONS, layer, unit, {})
-    wanted = {"location": location, "layer": layer, "unit": unit}
-    query = TableQuery("statistics", ("location", "pass", "layer", "unit"), wanted)
-    return page_response(ask, query, min(50, ask.settings.max_rows), None)
+    """Counts, moments, extremes and quantiles of one neuron, forward and backward."""
+    return unit_statistics(ask, scalar, layer, unit)
 
 
-@resource(router, "/neurons/{layer}/{unit}/histogram", TableModel, offers=TABLE)
+@resource(router, "/neurons/{layer}/{unit}/histogram", HistogramModel, offers=TABLE)
 def neuron_histogram(
-    ask: Asked, layer: LayerPath, unit: UnitPath, location: LocationOf = "mlp_post_act"
+    ask: Asked,
+    layer: LayerPath,
+    unit: UnitPath,
+    spread: AskedSpread,
+    scalar: ScalarOf = "mlp_post_act",
 ) -> Response:
-    """How the values of one neuron are spread over bins."""
-    _row(ask, _NEURONS, layer, unit, {})
-    tables = ask.store.fetch("SELECT table_name FROM duckdb_tables()").column(0).to_pylist()
-    known = "SELECT location FROM histograms WHERE location = ? LIMIT 1"
-    if "histograms" not in tables or not ask.store.fetch(known, [location]).num_rows:
-        raise Unavailable(
-            f"This store keeps no histograms of {location}. Run `actstore index STORE {location} "
-            "--part histogram`, then start the server again.",
-            kind=ErrorKind.NOT_STORED,
-        )
-    wanted = {"location": location, "layer": layer, "unit": unit}
-    query = TableQuery("histograms", ("location", "pass", "layer", "unit", "bin"), wanted)
-    return page_response(ask, query, min(_MOST_BINS, ask.settings.max_rows), None)
+    """How the values of one neuron are spread: as it is stored, else counted now."""
+    return spread.response(ask, scalar, (layer, unit))
 
 
 @resource(router, "/heads", TableModel, offers=TABLE)
@@ -216,21 +214,3 @@ def latent_examples(
 ) -> Response:
     """Contexts of one latent, by a scalar of latents."""
     return contexts.response(ask, scalar, (layer, unit))
-
-
-@resource(router, "/statistics", TableModel, offers=TABLE)
-def statistics(
-    ask: Asked,
-    location: Annotated[str | None, Query(max_length=200)] = None,
-    pass_type: Annotated[str | None, Query(max_length=20)] = None,
-    layer: Layers = None,
-    unit: Indices = None,
-    where: Where = None,
-    sort: Sort = None,
-    limit: Limit = 50,
-    cursor: Cursor = None,
-) -> Response:
-    """Counts, moments and extremes of every unit of every location that has a summary."""
-    filters = {"location": location, "pass": pass_type, "layer": layer, "unit": unit}
-    keys = ("location", "pass", "layer", "unit")
-    return page_response(ask, TableQuery("statistics", keys, filters, where, sort), limit, cursor)

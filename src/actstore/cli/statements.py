@@ -80,28 +80,24 @@ def _ask(store: Path, query: str, limit: int | None) -> "tuple[pa.Table, dict[st
     """The rows of a query, one more than the limit if there are more."""
     import duckdb
 
-    from actstore.query.sql import Sql
-    from actstore.store.reader import StoreReader
+    from actstore.query.session import Store
 
-    reader = StoreReader(store)
-    try:
-        with Sql(reader) as asked:
-            certificate = {
-                "plan": "sql",
-                "segments": len(reader.segments),
-                "segments_planned": reader.planned_segments,
-                "coverage": asked.snapshot.coverage.hash,
-            }
-            if limit is not None:
-                try:
-                    relation = asked.relation(query).limit(limit + 1)
-                    return relation.to_arrow_table(), certificate
-                except duckdb.Error:
-                    # Not all that gives rows can be limited; what is wrong is said below.
-                    pass
-            return asked.fetch(query), certificate
-    finally:
-        reader.close()
+    with Store(store) as opened:
+        asked = opened.statements
+        certificate = {
+            "plan": "sql",
+            "segments": len(opened.reader.segments),
+            "segments_planned": opened.reader.planned_segments,
+            "coverage": asked.snapshot.coverage.hash,
+        }
+        if limit is not None:
+            try:
+                relation = asked.relation(query).limit(limit + 1)
+                return relation.to_arrow_table(), certificate
+            except duckdb.Error:
+                # Not all that gives rows can be limited; what is wrong is said below.
+                pass
+        return asked.fetch(query), certificate
 
 
 def _print_rows(shown: "Console", table: "pa.Table", limit: int | None) -> None:
