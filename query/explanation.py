@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from actstore.query.derived import DerivedScalar
+from actstore.query.latent_search import describe_kept
 from actstore.query.planner import choose_plan, count_cells
 from actstore.query.questions import Question, QuestionOptions, ask
 from actstore.query.zoned import ZonedValues
@@ -84,6 +85,9 @@ def explain(
     plan, fallback = choose_plan(
         question.scored, question.rows, groups, by_token=question.per == "token"
     )
+    source = store.source_of(question.declared)
+    if plan == "column":
+        source = describe_kept(question.scored.latents.values())
     segments = question.rows.segments(store.reader.segments)
     rows = sum(store.reader.commits["base"][segment].rows for segment in segments)
     units = sum(group.total for group in groups)
@@ -92,7 +96,7 @@ def explain(
         plan=plan,
         fallback=fallback,
         bounded_by=question.scored.bounded_by,
-        source=store.source_of(question.declared),
+        source=source,
         groups=len(groups),
         segments=len(segments),
         pages=-(-rows // PAGE_ROWS) * units,

@@ -122,6 +122,8 @@ def filter_cells(
             more values than ``limit`` or ``max_cells``.
         Unavailable: the store cannot derive the scalar.
     """
+    if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
+        raise _invalid(f"limit is {limit!r}; it must be an integer of at least 1.")
     search = _search(store, name, **options)
     parts: list[Candidates] = []
     found = 0

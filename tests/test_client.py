@@ -435,7 +435,7 @@ def test_filter_and_count(
     ],
 )
 def test_compare(remote: RemoteStore, store: Store, options: dict[str, Any]) -> None:
-    names = ["mlp_post_act", store.scalar("mlp_write_norm")]
+    names: list[str | DerivedScalar] = ["mlp_post_act", store.scalar("mlp_write_norm")]
     expected, found = store.compare(names, **options), remote.compare(names, **options)
     assert type(found) is type(expected)
     assert found.certificates == expected.certificates

@@ -624,6 +624,9 @@ def test_too_many_values_are_refused(truths: dict[str, Truth]) -> None:
         store.filter("mlp_post_act", above=0, limit=10)
     with pytest.raises(InvalidInput, match="in more than 100 places"):
         store.count("mlp_post_act", above=0, max_cells=100)
+    for limit in (0, -1, None, 1.5, True):
+        with pytest.raises(InvalidInput, match="limit is"):
+            store.filter("mlp_post_act", above=0, limit=limit)
 
 
 # Comparisons
