@@ -240,7 +240,11 @@ def _ours(layers: int, neurons: int) -> list[Question]:
             "neuron table page",
             tuple(f"/neurons?sort=max&layer={layer}" for layer in range(layers)),
         ),
-        Question("neuron as JSON", tuple(f"/api/v1/neurons/{at}/{n}" for at, n in units)),
+        # The row alone: a neuron's own resource also has contexts and neighbours.
+        Question(
+            "neuron's row as JSON",
+            tuple(f"/api/v1/neurons?layer={at}&neuron={n}" for at, n in units),
+        ),
         Question("SQL aggregate", (sql_path(_AGGREGATE),), is_steady=False),
     ]
 
@@ -254,7 +258,7 @@ def _theirs(base: str, layers: int, neurons: int) -> list[Question]:
             is_steady=False,
         ),
         Question(
-            "neuron as JSON",
+            "neuron's row as JSON",
             tuple(f"/{base}/neurons/{at},{n}.json?_shape=array" for at, n in units),
             is_steady=False,
         ),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 
 from actstore.query.derived import DerivedScalar
-from actstore.query.latent_search import describe_kept
+from actstore.query.latent_sets import describe_kept
 from actstore.query.planner import choose_plan, count_cells
 from actstore.query.questions import Question, QuestionOptions, ask
 from actstore.query.zoned import ZonedValues

@@ -122,8 +122,7 @@ def filter_cells(
             more values than ``limit`` or ``max_cells``.
         Unavailable: the store cannot derive the scalar.
     """
-    if isinstance(limit, bool) or not isinstance(limit, int | np.integer) or limit < 1:
-        raise _invalid(f"limit is {limit!r}; it must be an integer of at least 1.")
+    _require_limit(limit)
     search = _search(store, name, **options)
     parts: list[Candidates] = []
     found = 0
@@ -271,6 +270,11 @@ def _interval(
         low_open=above is not None,
         high_open=below is not None,
     )
+
+
+def _require_limit(limit: Any) -> None:
+    if isinstance(limit, bool) or not _is_number(limit) or limit < 1 or limit != int(limit):
+        raise _invalid(f"limit is {limit!r}; it must be an integer of at least 1.")
 
 
 def _is_number(value: object) -> bool:

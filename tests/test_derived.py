@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from actstore.query.value_readers import derived_value
 from actstore.query.derived import (
     SCALARS,
     Coefficient,
@@ -30,6 +29,7 @@ from actstore.query.derived.declaration import LayerRule
 from actstore.query.derived.evaluation import evaluate
 from actstore.query.derived.registry import requires_gradient
 from actstore.query.session import Store
+from actstore.query.value_readers import derived_value
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.location_names import PRESETS
 from actstore.store.model.dimensions import ModelDimensions

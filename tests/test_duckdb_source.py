@@ -233,7 +233,7 @@ def test_what_the_protocol_offers(
 ) -> None:
     _, found, written = asked(connection, False, f"SELECT token FROM lazy WHERE {where}")
     assert found == predicates
-    assert written == offered
+    assert written == frozenset(offered)
 
 
 def test_a_float_constant_is_rounded_to_the_column(connection: duckdb.DuckDBPyConnection) -> None:

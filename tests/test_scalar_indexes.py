@@ -308,7 +308,7 @@ def test_latents_of_layers_of_different_widths_are_indexed(plain: Path, tmp_path
 
     name = "online_autoencoder_act_times_grad"
     with Store(path).add_saes([made(0, 21), made(1, 40)]) as store:
-        kept = "online_autoencoder_latent"
+        kept = "autoencoder_latent"
         planned, certificate = store.explain(kept), store.topk(kept).certificate
         assert (planned.plan, planned.source) == (certificate.plan, certificate.source)
         assert planned.plan == "column"
