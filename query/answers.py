@@ -92,7 +92,7 @@ def certify(question: Question, outcome: Outcome, bound: float | None) -> Certif
 def count_rows(store: "OpenStore", rows: RowSelection) -> tuple[int, dict[str, int]]:
     """How many rows may answer, and reason -> rows left out."""
     reader = store.reader
-    total = sum(record.rows for record in reader.commits["base"].values())
+    total = reader.committed_rows
     special = store.special_count
     counted = rows.count(reader.segments, total - special)
     excluded = {} if rows.special else {"special": special}

@@ -239,10 +239,10 @@ class _Selection:
 
     def _from_windows(self, found: "Iterator[Window]") -> Iterator[CellBatch]:
         """The cells of rows that were read by themselves; counted already."""
-        for layer, tokens, values in found:
+        for window in found:
             self._count(0)
-            chosen = self._units.of(layer)
-            yield self._batch(layer, tokens, chosen, values[:, chosen])
+            chosen = self._units.of(window.layer)
+            yield self._batch(window.layer, window.tokens, chosen, window.of(chosen))
 
     def _batch(
         self,
@@ -295,15 +295,15 @@ class _Selection:
         met = interval.may_meet(zoned.page_bounds(segment, layer, members))
         allowed = self._rows.within(segment, length) & ~self._rows.special_rows(segment)[:length]
         first, width = segment * zoned.segment_rows, self._values.chunk_width
-        for page in np.flatnonzero(met.any(axis=0)).tolist():
-            start, stop = page * PAGE_ROWS, min((page + 1) * PAGE_ROWS, length)
+        for page, end in _runs(met):
+            start, stop = page * PAGE_ROWS, min(end * PAGE_ROWS, length)
             inside = np.flatnonzero(allowed[start:stop])
             if not len(inside):
                 continue
             wanted = members[met[:, page]]
             chunks = np.unique(wanted // width)
-            self._effort.pages_read += len(chunks)
-            self._effort.pages_pruned -= len(chunks)
+            self._effort.pages_read += len(chunks) * (end - page)
+            self._effort.pages_pruned -= len(chunks) * (end - page)
             self._count(len(inside) * min(len(chunks) * width, self._units.columns))
             block = self._values.block(segment, layer, start, stop, chunks.tolist())
             column = np.searchsorted(chunks, wanted // width) * width + wanted % width
@@ -328,3 +328,16 @@ class _Selection:
         else:
             self._count(len(offsets) * self._units.columns)
             yield self._batch(layer, tokens, members, self._values.rows(layer, tokens)[:, members])
+
+
+def _runs(met: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Ranges of pages that the same units have to be read at, from ``(unit, page)``."""
+    reached = met.any(axis=0)
+    same = np.zeros(met.shape[1], bool)
+    same[1:] = (met[:, 1:] == met[:, :-1]).all(axis=0)
+    begins = np.flatnonzero(reached & ~same)
+    for begin in begins.tolist():
+        end = begin + 1
+        while end < met.shape[1] and same[end]:
+            end += 1
+        yield begin, end

@@ -83,7 +83,7 @@ def explain(
     question = ask(store, name, **options)
     groups = question.groups() if question.per != "token" else [question.units]
     plan, fallback = choose_plan(
-        question.scored, question.rows, groups, by_token=question.per == "token"
+        question.scored, question.rows, groups, question.k, by_token=question.per == "token"
     )
     source = store.source_of(question.declared)
     if plan == "column":
@@ -101,7 +101,7 @@ def explain(
         segments=len(segments),
         pages=-(-rows // PAGE_ROWS) * units,
         pages_expected=_expected(question, question.scored.zoned, plan, fallback, len(groups)),
-        values=count_cells(question.scored, question.rows, question.units),
+        values=count_cells(question.scored, question.rows, [question.units]),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from actstore.query.latent_search import search_latents
 from actstore.query.ranking import Ranking
@@ -22,7 +23,7 @@ from actstore.query.search import (
     search_windows,
 )
 from actstore.query.selection import RowSelection, UnitSelection
-from actstore.query.value_readers import ValueReader
+from actstore.query.value_readers import DerivedValues, ValueReader
 from actstore.query.zoned import ZonedValues
 from actstore.store.errors import ErrorKind, InvalidInput
 from actstore.store.unit_grid import PAGE_ROWS
@@ -54,6 +55,9 @@ _SEARCHES = 32
 
 _LOOSE_SHARE = 0.3
 """Share of the pages after which a scan takes over where bounds are not attained."""
+
+_LEAST_PAGES = 128
+"""Pages below which nobody waits for either."""
 
 _PLANS = ("scan", "bounds", "lists+bounds", "rows", "column", "lists")
 
@@ -121,15 +125,38 @@ def rank(
         outcome.plans.add("rows")
         found = row_windows(scored.values, reader, rows, union(pending))
         outcome.cells += search_windows(found, pending)
-    elif len(pending) > _SEARCHES and count_cells(scored, rows, union(pending)) <= max_cells:
+    elif (
+        len(pending) > _SEARCHES
+        and count_cells(scored, rows, [units for units, _ in pending]) <= max_cells
+    ):
         _scan(scored, rows, pending, max_cells, outcome)
     else:
         for units, ranking, seeded in still_open:
+            cells = count_cells(scored, rows, [units])
+            if needs_most_pages(scored, rows, units, ranking.k) and cells <= max_cells:
+                _scan(scored, rows, [(units, ranking)], max_cells, outcome)
+                continue
             _search(scored, zoned, rows, (units, ranking), seeded, max_cells, outcome)
 
 
+def needs_most_pages(scored: "Scored", rows: RowSelection, units: UnitSelection, k: int) -> bool:
+    """Whether a search would read so many of some units' pages that a scan of them is cheaper.
+
+    About a page is read for every answer, and the least page of a scan costs as much.
+    """
+    records = scored.store.reader.commits["base"]
+    segments = rows.segments(scored.store.reader.segments)
+    pages = units.total * sum(-(-records[segment].rows // PAGE_ROWS) for segment in segments)
+    return k >= pages >= _LEAST_PAGES
+
+
 def choose_plan(
-    scored: "Scored", rows: RowSelection, groups: Sequence[UnitSelection], *, by_token: bool = False
+    scored: "Scored",
+    rows: RowSelection,
+    groups: Sequence[UnitSelection],
+    k: int,
+    *,
+    by_token: bool = False,
 ) -> tuple[str, str | None]:
     """The plan that :func:`rank` would begin with, and what follows if that is not enough.
 
@@ -137,6 +164,7 @@ def choose_plan(
         scored: what is ranked.
         rows: rows that may answer.
         groups: the units of each ranking.
+        k: answers wanted of each.
         by_token: whether every token has answers of its own.
     """
     if by_token:
@@ -149,7 +177,9 @@ def choose_plan(
     rest: tuple[str, str | None] = ("bounds", None if zoned.is_tight else "scan")
     if rows.rows is not None and few_rows(scored.values, rows, groups):
         rest = ("rows", None)
-    elif len(groups) > _SEARCHES:
+    elif len(groups) > _SEARCHES or (
+        groups and all(needs_most_pages(scored, rows, units, k) for units in groups)
+    ):
         rest = ("scan", None)
     layer = groups[0].layers[0] if groups and groups[0].layers else None
     if layer is None or not zoned.has_lists:
@@ -168,7 +198,7 @@ def _search(
 ) -> None:
     """Branch and bound; where bounds turn out too loose, a scan takes over."""
     units, ranking = group
-    may_scan = not zoned.is_tight and count_cells(scored, rows, units) <= max_cells
+    may_scan = not zoned.is_tight and count_cells(scored, rows, [units]) <= max_cells
     share = _LOOSE_SHARE if may_scan else None
     if search_bounds(zoned, units, rows, ranking, outcome.effort, share):
         outcome.plans.add("lists+bounds" if seeded else "bounds")
@@ -217,7 +247,7 @@ def row_windows(
     for layer in units.layers:
         for start in range(0, len(tokens), step):
             part = tokens[start : start + step]
-            yield layer, part, values.rows(layer, part)
+            yield Window(layer, part, values.rows(layer, part))
 
 
 def _scan(
@@ -227,27 +257,12 @@ def _scan(
     max_cells: int,
     outcome: Outcome,
 ) -> None:
-    found = windows(scored, rows, union(groups), max_cells)
-    outcome.plans.add("scan")
-    outcome.cells += search_windows(found, groups)
-
-
-def count_cells(scored: "Scored", rows: RowSelection, units: UnitSelection) -> int:
-    """Values that a scan of some units' layers looks at."""
-    reader = scored.store.reader
-    records = reader.commits["base"]
-    total = sum(records[segment].rows for segment in rows.segments(reader.segments))
-    return total * units.columns * len(units.layers)
-
-
-def windows(
-    scored: "Scored", rows: RowSelection, units: UnitSelection, max_cells: int
-) -> Iterator[Window]:
-    """Every value of the allowed rows, in windows within segments.
+    """Offer every value of the groups' units.
 
     Raises:
-        InvalidInput: there are more than ``max_cells``.
+        InvalidInput: more than ``max_cells`` would be looked at.
     """
+    units = [one for one, _ in groups]
     cells = count_cells(scored, rows, units)
     if cells > max_cells:
         raise InvalidInput(
@@ -256,11 +271,39 @@ def windows(
             f"one with `actstore index STORE {scored.declared.name}`.",
             kind=ErrorKind.TOO_LARGE,
         )
-    return _windows(scored, rows, units)
+    outcome.plans.add("scan")
+    outcome.cells += search_windows(windows(scored, rows, units), groups)
 
 
-def _windows(scored: "Scored", rows: RowSelection, units: UnitSelection) -> Iterator[Window]:
+def count_cells(scored: "Scored", rows: RowSelection, groups: Sequence[UnitSelection]) -> int:
+    """Values that a scan of some units looks at: whole chunks, or all units if they are derived."""
     reader, values = scored.store.reader, scored.values
+    records = reader.commits["base"]
+    total = sum(records[segment].rows for segment in rows.segments(reader.segments))
+    columns = groups[0].columns if groups else 0
+    if isinstance(values, DerivedValues):
+        return total * columns * len({layer for units in groups for layer in units.layers})
+    width = values.chunk_width
+    chunks = sum(len(np.unique(units // width)) for units in _members(groups).values())
+    return total * min(chunks * width, columns * max(1, len(_members(groups))))
+
+
+def _members(groups: Sequence[UnitSelection]) -> dict[int, npt.NDArray[np.int64]]:
+    """Layer -> the units that any group speaks of, ascending."""
+    found: dict[int, npt.NDArray[np.int64]] = {}
+    for units in groups:
+        for layer in units.layers:
+            chosen = units.of(layer)
+            found[layer] = np.union1d(found[layer], chosen) if layer in found else chosen
+    return {layer: units for layer, units in sorted(found.items()) if len(units)}
+
+
+def windows(
+    scored: "Scored", rows: RowSelection, groups: Sequence[UnitSelection]
+) -> Iterator[Window]:
+    """Every value of some units at the allowed rows, in windows within segments."""
+    reader, values = scored.store.reader, scored.values
+    members = _members(groups)
     for segment in rows.segments(reader.segments):
         length = reader.commits["base"][segment].rows
         allowed = rows.allowed(segment, length)
@@ -268,6 +311,28 @@ def _windows(scored: "Scored", rows: RowSelection, units: UnitSelection) -> Iter
             inside = np.flatnonzero(allowed[start:stop])
             if not len(inside):
                 continue
-            for layer in units.layers:
-                found = values.block(segment, layer, start, stop)[inside]
-                yield layer, segment * reader.segment_rows + start + inside, found
+            tokens = segment * reader.segment_rows + start + inside
+            for layer, units in members.items():
+                found, read = _block(values, segment, layer, start, stop, units, groups[0].columns)
+                yield Window(layer, tokens, found[inside], read)
+
+
+def _block(
+    values: ValueReader,
+    segment: int,
+    layer: int,
+    start: int,
+    stop: int,
+    units: npt.NDArray[np.int64],
+    columns: int,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64] | None]:
+    """What brings some units' values along with the least others, and which units those are."""
+    if len(units) == 1:
+        return values.column(segment, layer, start, stop, int(units[0]))[:, None], units
+    width = values.chunk_width
+    chunks = np.unique(units // width)
+    if len(chunks) * width >= columns:
+        return values.block(segment, layer, start, stop), None
+    read = (chunks[:, None] * width + np.arange(width)).reshape(-1)
+    found = values.block(segment, layer, start, stop, chunks.tolist())
+    return found, read[read < columns]

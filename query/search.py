@@ -300,8 +300,25 @@ class _LayerSearch:
         return bounds.scores(self._ranking.largest) + np.float32(0)
 
 
-Window = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]]
-"""Layer, global rows that may answer, and their float32 values ``(row, unit)``."""
+class Window(NamedTuple):
+    """Some rows of a layer.
+
+    Attributes:
+        layer: the layer.
+        tokens: global rows that may answer, int64 ``(row,)``.
+        values: float32 ``(row, column)``.
+        units: the unit of each column, ascending; None for all units.
+    """
+
+    layer: int
+    tokens: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+    units: npt.NDArray[np.int64] | None = None
+
+    def of(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """The values of some of its units, ``(row, unit)``."""
+        columns = chosen if self.units is None else np.searchsorted(self.units, chosen)
+        return self.values[:, columns]
 
 
 def search_windows(
@@ -309,12 +326,13 @@ def search_windows(
 ) -> int:
     """Offer every value of a stream of windows to every group; returns the values looked at."""
     cells = 0
-    for layer, tokens, values in windows:
+    for window in windows:
+        layer, tokens = window.layer, window.tokens
         for units, ranking in groups:
             if layer not in units.layers:
                 continue
             chosen = units.of(layer)
-            picked = values[:, chosen]
+            picked = window.of(chosen)
             cells += picked.size
             score = (picked if ranking.largest else -picked) + np.float32(0)
             with np.errstate(invalid="ignore"):

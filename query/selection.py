@@ -85,8 +85,7 @@ class RowSelection:
         """
         if self.rows is not None:
             return sum(len(tokens) for tokens in self.tokens(committed))
-        total = sum(self._store.commits["base"][segment].rows for segment in committed)
-        return total if self.special else ordinary
+        return self._store.committed_rows if self.special else ordinary
 
 
 @dataclass(frozen=True)

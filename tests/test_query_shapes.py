@@ -495,7 +495,7 @@ def test_shapes_that_make_no_sense_are_refused(
 # The best units of each token
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=35)
 @given(
     query=questions,
     kind=st.sampled_from(KINDS),

@@ -249,7 +249,9 @@ def test_topk_equals_brute_force(
     )
     assert got(result) == expected
     certificate = result.certificate
-    assert certificate.plan in ("lists", "lists+bounds", "bounds", "rows")
+    # Where more answers are asked for than there are pages, a scan costs less than a search.
+    plans = ("lists", "lists+bounds", "bounds", "rows", *(["scan"] if query["k"] >= 128 else []))
+    assert certificate.plan in plans
     assert certificate.rows == allowed_rows(truth, query["where"], query["special"]).sum()
     assert certificate.rows + sum(certificate.rows_excluded.values()) == len(truth.rows)
 
