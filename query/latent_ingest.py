@@ -139,7 +139,7 @@ def add_autoencoders(
             _complete(store, record, family, advance)
             for record, family in zip(records, families, strict=True)
         ]
-    _compact_if(path, added)
+    _compact(path)
     return added
 
 
@@ -187,10 +187,10 @@ def _numbered(progress: Progress, number: int, sets: int) -> Progress:
     return lambda phase, done, total: progress(f"{phase} {number + 1} of {sets}", done, total)
 
 
-def _compact_if(path: str | Path, added: Sequence[AddedLatents]) -> None:
-    if any(one.written for one in added):
-        with closing(StoreReader(path)) as reader:
-            compact(reader)
+def _compact(path: str | Path) -> None:
+    # Also where nothing was written: the last run may have been killed just before this.
+    with closing(StoreReader(path)) as reader:
+        compact(reader)
 
 
 # What may be added

@@ -282,10 +282,11 @@ def count_cells(scored: "Scored", rows: RowSelection, groups: Sequence[UnitSelec
     total = sum(records[segment].rows for segment in rows.segments(reader.segments))
     columns = groups[0].columns if groups else 0
     if isinstance(values, DerivedValues):
-        return total * columns * len({layer for units in groups for layer in units.layers})
+        layers = {layer for units in groups for layer in units.layers}
+        return total * columns * len(layers) * scored.members
     width = values.chunk_width
     chunks = sum(len(np.unique(units // width)) for units in _members(groups).values())
-    return total * min(chunks * width, columns * max(1, len(_members(groups))))
+    return total * min(chunks * width, columns * max(1, len(_members(groups)))) * scored.members
 
 
 def _members(groups: Sequence[UnitSelection]) -> dict[int, npt.NDArray[np.int64]]:

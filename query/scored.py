@@ -53,7 +53,7 @@ class Scored:
         zoned: their bounds; None where only a scan can find the best.
         latents: layer -> latents that the store keeps, of a scalar that is such a latent.
         bounded_by: what the bounds are of, for people.
-        is_combined: whether a group of units has one score.
+        members: units that make one score.
     """
 
     store: "OpenStore"
@@ -62,7 +62,7 @@ class Scored:
     zoned: ZonedValues | None
     latents: dict[int, LatentArray]
     bounded_by: str
-    is_combined: bool = False
+    members: int = 1
 
     @property
     def source(self) -> str:
@@ -85,9 +85,9 @@ class Scored:
         """One score per row for a group of units."""
         if self.zoned is None:
             values: ValueReader = CombinedValues(self.values, pairs, how)
-            return replace(self, values=values, latents={}, is_combined=True)
+            return replace(self, values=values, latents={}, members=len(pairs))
         zones = CombinedUnits(self.zoned, pairs, how)
-        return replace(self, values=zones.reader, zoned=zones, latents={}, is_combined=True)
+        return replace(self, values=zones.reader, zoned=zones, latents={}, members=len(pairs))
 
 
 def score(store: "OpenStore", declared: DerivedScalar, few_units: bool = False) -> Scored:

@@ -121,9 +121,9 @@ def copy_columns(
                 progress("columns", done, total)
         label = found.label if pass_type == PassType.FORWARD else f"{found.label}/{pass_type}"
         segments = len(read_commits(reader.blobs, record.name))
-    if written:
-        with closing(StoreReader(path)) as reader:
-            compact(reader)
+    # Also where nothing was written: the last run may have been killed just before this.
+    with closing(StoreReader(path)) as reader:
+        compact(reader)
     return CopiedColumns(label, record.name, segments, written, size)
 
 
