@@ -553,7 +553,9 @@ def test_no_growth(path: Path) -> None:
         before = len(os.listdir("/proc/self/fd")), pa.total_allocated_bytes()
         ask()
         assert len(service.process_ids) <= 2
-        assert (len(os.listdir("/proc/self/fd")), pa.total_allocated_bytes()) == before
+        # What tests before this one left behind may be collected meanwhile.
+        files, allocated = len(os.listdir("/proc/self/fd")), pa.total_allocated_bytes()
+        assert (files <= before[0], allocated <= before[1]) == (True, True)
 
 
 def test_child_that_has_grown_is_replaced(path: Path) -> None:
