@@ -54,7 +54,6 @@ class ErrorKind(StrEnum):
     NEWER_FORMAT = "newer_format"
     NOT_STORED = "not_stored"
     NOTHING_COMMITTED = "nothing_committed"
-    STORE_CHANGED = "store_changed"
     CHECKSUM_MISMATCH = "checksum_mismatch"
     MISSING_FILE = "missing_file"
     MALFORMED_FILE = "malformed_file"
